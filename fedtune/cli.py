@@ -1,0 +1,192 @@
+"""The command line: parse, call one function, print.
+
+Exit codes: 0 done, 1 the job failed, 2 wrong usage or configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fedtune.errors import FedtuneError, UsageError
+
+app = typer.Typer(
+    name="fedtune",
+    help="Federated and on-device fine-tuning: clients train small adapters, data stays home.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.command(
+    epilog="Examples:  fedtune simulate  |  fedtune simulate --references  |  "
+    "fedtune simulate --data notes.csv --partition column:hospital  |  "
+    "fedtune simulate --set train.lr=1e-3 --rounds 20  |  "
+    "fedtune simulate --resume runs/hospitals"
+)
+def simulate(
+    preset: Annotated[
+        Optional[str], typer.Option(help="A packaged configuration.", show_default="hospitals")
+    ] = None,
+    config: Annotated[
+        Optional[Path], typer.Option(help="A federation.toml instead of a preset.")
+    ] = None,
+    data: Annotated[
+        Optional[str],
+        typer.Option(help="A folder with one sub-folder per client, or one file to divide."),
+    ] = None,
+    base: Annotated[
+        Optional[str], typer.Option(help="Base model: a Hugging Face folder or hub id.")
+    ] = None,
+    partition: Annotated[
+        Optional[str],
+        typer.Option(help="iid, dirichlet:ALPHA, column:NAME or shards:N."),
+    ] = None,
+    clients: Annotated[Optional[int], typer.Option(help="Number of clients.")] = None,
+    rounds: Annotated[Optional[int], typer.Option(help="Number of rounds.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of all that is random.")] = None,
+    settings: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Set any configuration key."),
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="The run folder to make.", show_default="runs/NAME")
+    ] = None,
+    resume: Annotated[
+        Optional[Path], typer.Option(help="Continue the run in this folder.")
+    ] = None,
+    references: Annotated[
+        bool,
+        typer.Option(
+            "--references",
+            help="Also train what to compare with: all data in one place, each client alone, "
+            "the untouched base with a linear head.",
+        ),
+    ] = False,
+    wire: Annotated[
+        bool,
+        typer.Option("--wire", help="Pass every message through Flower's network format."),
+    ] = False,
+    workers: Annotated[
+        Optional[int],
+        typer.Option(
+            min=0,
+            help="Processes that train clients; 0: none besides this one.",
+            show_default="one per core",
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Simulate a federation on this machine."""
+    from fedtune.simulation import commands
+
+    request = commands.SimulateRequest(
+        preset=preset,
+        config=config,
+        data=data,
+        base=base,
+        partition=partition,
+        clients=clients,
+        rounds=rounds,
+        seed=seed,
+        settings=tuple(settings or ()),
+        out=out,
+        resume=resume,
+        references=references,
+        wire=wire,
+        workers=workers,
+    )
+    raise typer.Exit(commands.simulate(request, as_json))
+
+
+@app.command(
+    "eval",
+    epilog="Examples:  fedtune eval runs/hospitals --data new_notes.csv",
+)
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    data: Annotated[Path, typer.Option(help="A file with texts and labels.")],
+    text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column of the label.")] = "label",
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Evaluate the adapter of a run on a file."""
+    from fedtune.simulation import commands
+
+    raise typer.Exit(commands.evaluate(run, data, text_column, label_column, as_json))
+
+
+@app.command(epilog="Examples:  fedtune export runs/hospitals --format merged --out model/")
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    kind: Annotated[
+        str,
+        typer.Option("--format", help="merged: the adapter folded into the base; adapter: PEFT."),
+    ] = "merged",
+    debug: DebugFlag = False,
+) -> None:
+    """Write the model of a run in another form."""
+    from fedtune.simulation import commands
+
+    raise typer.Exit(commands.export(run, out, kind))
+
+
+@app.command(epilog="Examples:  fedtune report runs/hospitals")
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Print the tables of a run and write its report.html again."""
+    from fedtune.simulation import commands
+
+    raise typer.Exit(commands.report(run, as_json))
+
+
+@app.command(epilog="Examples:  fedtune init > federation.toml")
+def init(
+    preset: Annotated[str, typer.Option(help="The preset to start from.")] = "hospitals",
+    debug: DebugFlag = False,
+) -> None:
+    """Print a preset as a configuration file to edit."""
+    from fedtune.config import PRESETS, load_preset
+
+    load_preset(preset)
+    typer.echo((PRESETS / f"{preset}.toml").read_text(), nl=False)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Federated and on-device fine-tuning: clients train small adapters, data stays home."""
+    if version:
+        import importlib.metadata
+
+        typer.echo(importlib.metadata.version("fedtune"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; errors of fedtune end in one line and an exit code."""
+    try:
+        app()
+    except FedtuneError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"fedtune: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        print("fedtune: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,74 @@
+"""Every exception that fedtune raises on purpose.
+
+::
+
+    FedtuneError
+    ├── UsageError            wrong usage or configuration: exit code 2, nothing was written
+    │   ├── ConfigError       a key, a value or a flag
+    │   ├── DataError         a data file, a column, a partition
+    │   ├── BaseModelError    a base model folder
+    │   └── RunFolderError    a run folder that exists, is missing, or is in use
+    ├── WireError             bytes that are not a message of this federation
+    │   ├── MalformedMessage  not the wire format, or larger than the limit
+    │   └── ContextMismatch   well formed, but of another run, round, base model, manifest or config
+    └── JobError              the job itself failed: exit code 1
+        ├── TrainingError     local training went wrong at one client (not finite, a crash)
+        ├── ClientFailure     one client's round failed; the round goes on without it
+        └── TooFewClients     fewer clients than `rounds.min-clients` are left
+
+The text of an error says what was wrong, with which input, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FedtuneError(Exception):
+    """Base of every exception of this package."""
+
+
+class UsageError(FedtuneError):
+    """Wrong usage or configuration; nothing was written."""
+
+
+class ConfigError(UsageError):
+    """A configuration key, value or command-line flag is wrong."""
+
+
+class DataError(UsageError):
+    """A data file, column or partition is wrong."""
+
+
+class BaseModelError(UsageError):
+    """A base model folder is missing, broken or not of a supported kind."""
+
+
+class RunFolderError(UsageError):
+    """A run folder exists already, is missing, is not a run, or is in use."""
+
+
+class WireError(FedtuneError):
+    """Bytes that are not an acceptable message of this federation."""
+
+
+class MalformedMessage(WireError):
+    """The bytes are not the wire format, or are larger than the limit."""
+
+
+class ContextMismatch(WireError):
+    """A well-formed message of another run, round, base model, manifest or config."""
+
+
+class JobError(FedtuneError):
+    """The job failed; exit code 1."""
+
+
+class TrainingError(JobError):
+    """Local training went wrong at one client."""
+
+
+class ClientFailure(JobError):
+    """One client's round failed; the round goes on without that client."""
+
+
+class TooFewClients(JobError):
+    """Fewer clients than `rounds.min-clients` are left in a round."""

@@ -1,0 +1,47 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Put `data` at `path`; whoever reads `path`, even after a crash, sees all of old or new.
+
+    The folder must exist. Raises `OSError`; the old file then is untouched.
+    """
+    # In the same folder, because a rename is only atomic within one file system. Opened like any
+    # file (mkstemp would make it private): the umask decides who may read it.
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            # Before the rename: otherwise a power cut can leave the new name on an empty file.
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, obj: object) -> None:
+    """Put `obj` at `path` as indented UTF-8 JSON, atomically.
+
+    Raises `ValueError` for NaN and infinities, which JSON does not have.
+    """
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

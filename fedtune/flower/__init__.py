@@ -1,0 +1,1 @@
+"""The only importers of Flower: server app, client app, strategy, in-process grid."""

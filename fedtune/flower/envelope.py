@@ -1,0 +1,43 @@
+"""fedtune's payload inside a Flower message.
+
+The payload is one array of bytes: Flower sends large arrays in chunks, and never looks inside.
+"""
+
+from __future__ import annotations
+
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+
+from fedtune.errors import MalformedMessage
+
+RECORD = "fedtune"
+_KEY = "payload"
+_STYPE = "fedtune.v1"
+
+# Codes of `flwr.app.Error` that a client of ours gives; Flower's own are below 100.
+CLIENT_FAILED = 101
+CLIENT_REFUSED = 102
+
+
+def wrap(payload: bytes) -> RecordDict:
+    """The content of a Flower message that carries `payload`."""
+    array = Array(dtype="uint8", shape=(len(payload),), stype=_STYPE, data=payload)
+    return RecordDict({RECORD: ArrayRecord({_KEY: array})})
+
+
+def unwrap(message: Message) -> bytes:
+    """The payload of a message; raises `MalformedMessage` if it carries none."""
+    records = message.content.array_records if message.has_content() else {}
+    array = records[RECORD].get(_KEY) if RECORD in records else None
+    if array is None or array.stype != _STYPE:
+        raise MalformedMessage("a Flower message without a fedtune payload")
+    return array.data
+
+
+def reply(message: Message, payload: bytes) -> Message:
+    """The answer to `message`."""
+    return Message(wrap(payload), reply_to=message)
+
+
+def failure(message: Message, code: int, reason: str) -> Message:
+    """The answer to `message` that says why there is none."""
+    return Message(Error(code=code, reason=reason), reply_to=message)

@@ -1,0 +1,191 @@
+"""The Flower strategy: Flower's loop and messages around `fedtune.round.Federation`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import fedtune.flower.internals  # isort: skip  # noqa: F401  # sets Flower's switches first
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedtune.errors import TooFewClients, WireError
+from fedtune.flower.envelope import RECORD, unwrap, wrap
+from fedtune.records import RoundRecord
+from fedtune.round.federation import Federation, Score
+from fedtune.round.server import Member, ServerRound
+from fedtune.types import Float32Vector
+from fedtune.wire import codec
+
+JOIN_POLL_SECONDS = 0.5
+
+
+class Observer(Protocol):
+    """Someone who watches the run."""
+
+    def round_running(self, round_number: int, done: int, total: int) -> None:
+        """`done` of `total` clients have answered or failed."""
+
+    def round_committed(self, record: RoundRecord) -> None:
+        """The round is in the journal."""
+
+    def client_refused(self, node: int, reason: str) -> None:
+        """A node could not be taken in."""
+
+
+class FederatedFineTuning(Strategy):
+    """Rounds of a `Federation`, driven by Flower's own loop (`Strategy.start`).
+
+    The federation knows which round is next, so a resumed run goes on where the journal ends
+    although Flower counts from 1 again. Replies are consumed one at a time.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        observer: Observer,
+        evaluate: Callable[[Float32Vector], Score] | None = None,
+    ) -> None:
+        """`evaluate` uses the server's test set; None: clients evaluate on their own."""
+        self._federation = federation
+        self._observer = observer
+        self._evaluate = evaluate
+        self._nodes: dict[str, int] = {}
+        self._open: ServerRound | None = None
+
+    def run(self, grid: Grid, clients: int) -> None:
+        """Wait for `clients` clients, then run all rounds that are left."""
+        self._join(grid, clients)
+        self.start(
+            grid,
+            initial_arrays=_arrays(self._federation.adapter),
+            num_rounds=self._federation.rounds_left,
+            timeout=self._federation.config.rounds.timeout,
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One request to train for each client of the cohort."""
+        self._started = time.perf_counter()
+        self._open = opened = self._federation.open_round()
+        request = opened.request(self._federation.adapter)
+        self._bytes_down = len(request) * len(opened.cohort)
+        self._observer.round_running(opened.context.round, 0, len(opened.cohort))
+        return self._messages(request, opened.cohort, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Count each reply as it comes, then close the round."""
+        opened = self._require_open()
+        total = len(opened.cohort)
+        names = {self._nodes[member.name]: member.name for member in opened.cohort}
+        for message in replies:
+            client = names.get(message.metadata.src_node_id)
+            if client is None or client not in opened.pending:
+                continue  # late for another round, or a second answer: never counted
+            _count(opened, client, message)
+            self._observer.round_running(opened.context.round, total - len(opened.pending), total)
+        timeout = self._federation.config.rounds.timeout
+        for client in opened.pending:
+            opened.fail(client, f"no answer within {timeout:g} s")
+        self._adapter = self._federation.close_round(opened)
+        return _arrays(self._adapter), MetricRecord()
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Requests to evaluate, where clients have test sets and the server has none."""
+        opened = self._require_open()
+        if self._evaluate or not self._federation.evaluates(opened.context.round):
+            return []
+        testers = [member for member in self._federation.members if member.test_examples]
+        request = codec.encode_evaluate_request(
+            codec.EvaluateRequest(opened.context, self._adapter.astype("<f4").tobytes())
+        )
+        self._bytes_down += len(request) * len(testers)
+        return self._messages(request, testers, MessageType.EVALUATE)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
+        """Score the new adapter and commit the round."""
+        opened = self._require_open()
+        score = None
+        if self._federation.evaluates(opened.context.round):
+            score = self._evaluate(self._adapter) if self._evaluate else self._merge(replies)
+        seconds = time.perf_counter() - self._started
+        record = self._federation.commit(opened, score, self._bytes_down, seconds)
+        self._open = None
+        self._observer.round_committed(record)
+        return MetricRecord()
+
+    def summary(self) -> None:
+        """Flower asks for a log of settings; the run folder has them."""
+
+    def _join(self, grid: Grid, clients: int) -> None:
+        """Ask every node who it is, until `clients` have said hello."""
+        deadline = time.monotonic() + self._federation.config.rounds.timeout
+        while len(nodes := list(grid.get_node_ids())) < clients:
+            if time.monotonic() > deadline:
+                raise TooFewClients(f"{len(nodes)} of {clients} clients have connected")
+            time.sleep(JOIN_POLL_SECONDS)
+        content = wrap(codec.encode_hello_request(self._federation.run_id))
+        messages = [Message(content, node, MessageType.QUERY) for node in sorted(nodes)]
+        timeout = self._federation.config.rounds.timeout
+        for message in grid.send_and_receive(messages, timeout=timeout):
+            node = message.metadata.src_node_id
+            try:
+                if message.has_error():
+                    raise WireError(message.error.reason)
+                self._nodes[self._federation.admit(unwrap(message)).name] = node
+            except WireError as error:
+                self._observer.client_refused(node, str(error))
+
+    def _messages(
+        self, payload: bytes, members: Iterable[Member], message_type: str
+    ) -> list[Message]:
+        content = wrap(payload)  # one payload in memory, however many clients get it
+        group = str(self._federation.round + 1)
+        return [
+            Message(content, self._nodes[member.name], message_type, group_id=group)
+            for member in members
+        ]
+
+    def _merge(self, replies: Iterable[Message]) -> Score | None:
+        opened = self._require_open()
+        examples, correct, loss_sum = 0, 0, 0.0
+        answers = {}
+        for message in replies:
+            if message.has_error():
+                continue  # the round stands; the score says what the others found
+            payload = unwrap(message)
+            reply = codec.decode_evaluate_reply(payload)
+            if reply.context == opened.context:
+                answers[message.metadata.src_node_id] = reply
+                opened.bytes_up += len(payload)
+        for _, reply in sorted(answers.items()):
+            examples += reply.examples
+            correct += reply.correct
+            loss_sum += reply.loss_sum
+        return Score(loss_sum / examples, correct / examples) if examples else None
+
+    def _require_open(self) -> ServerRound:
+        if self._open is None:
+            raise RuntimeError("no round is open")
+        return self._open
+
+
+def _count(opened: ServerRound, client: str, message: Message) -> None:
+    if message.has_error():
+        opened.fail(client, message.error.reason)
+        return
+    try:
+        opened.receive(client, unwrap(message))
+    except WireError as error:
+        opened.fail(client, str(error))
+
+
+def _arrays(adapter: Float32Vector) -> ArrayRecord:
+    return wrap(adapter.astype("<f4").tobytes()).array_records[RECORD]

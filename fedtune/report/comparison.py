@@ -1,0 +1,79 @@
+"""Does federating pay? The comparison that table, charts and headline share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedtune.report.records import ClientSummary, Summary
+
+# How the references are called where people read; the linear head is the cheapest of all models.
+REFERENCE_WORDS = {
+    "centralized": "centralized (all data in one place)",
+    "local-only": "alone (mean over all)",
+    "linear-head": "linear head (frozen base)",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One client's accuracy with the federated model and with the one it trained alone."""
+
+    client: ClientSummary
+    federated: float | None
+    alone: float | None
+
+    @property
+    def gain(self) -> float | None:
+        """Federated minus alone; None where either is unknown."""
+        if self.federated is None or self.alone is None:
+            return None
+        return self.federated - self.alone
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All clients, measured the same way."""
+
+    pairs: tuple[Pair, ...]
+    own_mix: bool  # on the client's own case mix; otherwise on the plain accuracies
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """The known gains."""
+        return tuple(pair.gain for pair in self.pairs if pair.gain is not None)
+
+    @property
+    def helped(self) -> int:
+        """How many clients the federated model serves better than their own."""
+        return sum(gain > 0 for gain in self.gains)
+
+
+def compare(summary: Summary) -> Comparison:
+    """Each client's federated and lonely accuracy.
+
+    One measure for all clients, own case mix where it exists: gains on different test
+    distributions could not be set side by side.
+    """
+    own_mix = any(client.own_mix_accuracy is not None for client in summary.per_client)
+    return Comparison(
+        tuple(
+            Pair(client, _known(client.own_mix_accuracy), _known(client.local_own_mix_accuracy))
+            if own_mix
+            else Pair(client, _known(client.accuracy), _known(client.local_accuracy))
+            for client in summary.per_client
+        ),
+        own_mix,
+    )
+
+
+def largest(clients: tuple[ClientSummary, ...], limit: int) -> tuple[ClientSummary, ...]:
+    """At most `limit` clients, those with most examples, in their given order."""
+    if len(clients) <= limit:
+        return clients
+    ranked = sorted(range(len(clients)), key=lambda index: -clients[index].examples)
+    return tuple(clients[index] for index in sorted(ranked[:limit]))
+
+
+def _known(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,101 @@
+"""The result in sentences for somebody who sees such a report for the first time."""
+
+from __future__ import annotations
+
+import math
+
+from fedtune.report.comparison import compare
+from fedtune.report.records import Reference, Summary
+from fedtune.report.words import noun_of, percent, plural
+
+_NOTHING = 0.0005  # differences that would be shown as 0.0 points
+
+
+def headline(summary: Summary) -> str:
+    """One short paragraph: the result, what it is compared with, whom it helps.
+
+    It says so too when federating does not help, when nothing was compared, and when the run did
+    not finish.
+    """
+    sentences = (_status(summary), _federated(summary), _references(summary), _verdict(summary))
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _status(summary: Summary) -> str:
+    if summary.status == "finished":
+        return ""
+    word = "failed" if summary.status == "failed" else "was interrupted"
+    return f"This run {word} after {summary.rounds} of {plural(summary.planned_rounds, 'round')}."
+
+
+def _federated(summary: Summary) -> str:
+    clients = _clients(summary, len(summary.per_client))
+    if summary.final is None or not _finite(summary.final.accuracy):
+        return f"No accuracy was measured for the model that {clients} trained together."
+    accuracy = percent(summary.final.accuracy)
+    # "final" is of the last round that was evaluated, not always of the last round.
+    rounds = plural(summary.final.round, "round")
+    return f"Federated: {clients} together reach {accuracy} after {rounds}."
+
+
+def _references(summary: Summary) -> str:
+    """What the other ways reach; empty without a federated accuracy or without references."""
+    federated = summary.final.accuracy if summary.final else None
+    if federated is None or not _finite(federated):
+        return ""
+    by_name = {ref.name: ref for ref in summary.references if _finite(ref.accuracy)}
+    parts = []
+    if centralized := by_name.get("centralized"):
+        parts.append(
+            f"centralized training on all data in one place reaches "
+            f"{percent(centralized.accuracy)}{_distance(centralized.accuracy - federated)}"
+        )
+    if alone := _alone(summary, by_name.get("local-only")):
+        parts.append(alone)
+    linear = by_name.get("linear-head")
+    if linear is not None and linear.accuracy >= federated:
+        parts.append(f"a linear head on the frozen base already reaches {percent(linear.accuracy)}")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _alone(summary: Summary, reference: Reference | None) -> str:
+    noun = noun_of(client.name for client in summary.per_client)
+    known = [c.local_accuracy for c in summary.per_client if c.local_accuracy is not None]
+    alone = [accuracy for accuracy in known if _finite(accuracy)]
+    if not alone:
+        alone = [reference.accuracy] if reference else []
+    if not alone:
+        return ""
+    low, high = (f"{100 * bound:.0f}" for bound in (min(alone), max(alone)))
+    return f"a {noun} alone reaches {low if low == high else f'{low}–{high}'} %"
+
+
+def _verdict(summary: Summary) -> str:
+    comparison = compare(summary)
+    known = len(comparison.gains)
+    if known == 0:
+        return "Whether federating helps cannot be said: no model was trained alone to compare."
+    where = " on their own case mix" if comparison.own_mix else ""
+    helped = comparison.helped
+    if known == 1:
+        does = "helps" if helped else "does not help"
+        return f"Federating {does} the one {_clients(summary, 1)[2:]} that was compared."
+    if helped == 0:
+        return f"Federating helps none of the {_clients(summary, known)}{where}."
+    only = "only " if 2 * helped < known else ""
+    return f"Federating helps {only}{helped} of {_clients(summary, known)}{where}."
+
+
+def _distance(difference: float) -> str:
+    if abs(difference) < _NOTHING:
+        return ", the same"
+    return f", {100 * abs(difference):.1f} points {'more' if difference > 0 else 'less'}"
+
+
+def _clients(summary: Summary, number: int) -> str:
+    return plural(number, noun_of(client.name for client in summary.per_client))
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

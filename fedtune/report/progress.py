@@ -1,0 +1,191 @@
+"""What a person sees while the rounds run: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.progress import TimeRemainingColumn
+from rich.text import Text
+
+from fedtune.report import words
+from fedtune.report.records import RoundRecord
+
+REASON_WIDTH = 200  # a reason can be a whole traceback; metrics.jsonl keeps all of it
+
+
+class Progress(Protocol):
+    """Told by the run what happens; shows it."""
+
+    def started(self, title_lines: Sequence[str], planned_rounds: int | None = None) -> None:
+        """The run begins; `title_lines` say what it is."""
+
+    def round_running(self, round: int, done: int, total: int) -> None:
+        """In `round`, `done` of `total` clients have answered."""
+
+    def round_done(self, record: RoundRecord, seconds_left: float | None) -> None:
+        """A round ended; `seconds_left` is the estimate for the rest of the run."""
+
+    def note(self, text: str) -> None:
+        """Something that a person should know."""
+
+    def finished(self) -> None:
+        """Nothing more will come, also after an error. May be called twice."""
+
+
+def make_progress(stream: TextIO | None = None, quiet: bool = False) -> Progress:
+    """The progress display that fits `stream` (None: stderr, so stdout stays clean for `--json`).
+
+    `quiet` keeps only what must not be missed: notes and failed clients.
+    """
+    stream = sys.stderr if stream is None else stream
+    # Asked of the stream, not of rich: FORCE_COLOR in CI is no reason to animate a log file.
+    animated = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return LiveProgress(stream) if animated and not quiet else PlainProgress(stream, quiet)
+
+
+class PlainProgress:
+    """One line per round, flushed, for log files and pipes."""
+
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._quiet = quiet
+        self._planned: int | None = None
+
+    def started(self, title_lines: Sequence[str], planned_rounds: int | None = None) -> None:
+        """Print the title."""
+        self._planned = planned_rounds
+        if not self._quiet:
+            for line in title_lines:
+                self._print(line)
+
+    def round_running(self, round: int, done: int, total: int) -> None:
+        """Nothing: a log wants results, not motion."""
+
+    def round_done(self, record: RoundRecord, seconds_left: float | None) -> None:
+        """Print the round, failed clients included, as one line that grep finds whole."""
+        failures = [_failure(name, reason) for name, reason in record.failed.items()]
+        if self._quiet:
+            if failures:
+                self._print(f"warning: round {record.round}: {'; '.join(failures)}")
+            return
+        parts = [
+            f"{name} {text}"
+            for name, text in (
+                ("train loss", words.loss(record.train_loss)),
+                ("loss", words.loss(record.loss)),
+                ("accuracy", words.percent(record.accuracy)),
+                ("up", words.size(record.bytes_up)),
+                ("down", words.size(record.bytes_down)),
+                ("time", words.duration(record.seconds)),
+                ("left", words.duration(seconds_left)),
+            )
+            if text != words.MISSING
+        ]
+        parts += [f"warning: {failure}" for failure in failures]
+        self._print(f"round {_of(record.round, self._planned)}: {', '.join(parts)}")
+
+    def note(self, text: str) -> None:
+        """Print the note."""
+        self._print(f"note: {text}")
+
+    def finished(self) -> None:
+        """Nothing: every line was flushed when it was printed."""
+
+    def _print(self, text: str) -> None:
+        print(words.printable(text), file=self._stream, flush=True)
+
+
+class LiveProgress:
+    """A live line for the running round; every finished round stays as a row of a table."""
+
+    _HEADER = ("round", "train loss", "loss", "accuracy", "up", "down", "time", "left")
+    # 79 columns with the gaps: one row is one line also on the narrowest usual terminal.
+    _WIDTHS = (7, 10, 8, 8, 8, 8, 11, 11)
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream, stderr=stream is None, highlight=False)
+        self._planned: int | None = None
+        self._header_printed = False
+        self._task: TaskID | None = None
+        self._live = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("clients"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            # Training owns the cores; a bar needs no more than this.
+            refresh_per_second=4,
+            redirect_stdout=False,
+        )
+
+    def started(self, title_lines: Sequence[str], planned_rounds: int | None = None) -> None:
+        """Print the title and start the live line."""
+        self._planned = planned_rounds
+        for index, line in enumerate(title_lines):
+            self._print(line, "bold" if index == 0 else "")
+        self._live.start()
+
+    def round_running(self, round: int, done: int, total: int) -> None:
+        """Move the bar of `round`."""
+        if self._task is None:
+            label = f"round {_of(round, self._planned)}"
+            self._task = self._live.add_task(label, total=total, completed=done)
+        else:
+            self._live.update(self._task, completed=done, total=total)
+
+    def round_done(self, record: RoundRecord, seconds_left: float | None) -> None:
+        """Replace the bar by the row of its round."""
+        if self._task is not None:
+            self._live.remove_task(self._task)
+            self._task = None
+        if not self._header_printed:
+            self._print(self._row(self._HEADER), "dim")
+            self._header_printed = True
+        cells = (
+            _of(record.round, self._planned),
+            words.loss(record.train_loss),
+            words.loss(record.loss),
+            words.percent(record.accuracy),
+            words.size(record.bytes_up),
+            words.size(record.bytes_down),
+            words.duration(record.seconds),
+            words.duration(seconds_left),
+        )
+        self._print(self._row(cells))
+        for name, reason in record.failed.items():
+            self._print(f"  warning: {_failure(name, reason)}", "yellow")
+
+    def note(self, text: str) -> None:
+        """Print the note above the bar."""
+        self._print(f"note: {text}", "cyan")
+
+    def finished(self) -> None:
+        """Take the live line away and give the cursor back."""
+        self._live.stop()
+
+    def _row(self, cells: Sequence[str]) -> str:
+        return " ".join(
+            f"{cell:>{width}}" for cell, width in zip(cells, self._WIDTHS, strict=True)
+        )
+
+    def _print(self, text: str, style: str = "") -> None:
+        # Text, not markup: a client may be called "[red]".
+        self._console.print(Text(words.printable(text), style=style), soft_wrap=True)
+
+
+def _of(round: int, planned: int | None) -> str:
+    return str(round) if planned is None else f"{round}/{planned}"
+
+
+def _failure(name: str, reason: str) -> str:
+    return f"{words.shortened(name, 60)} failed ({words.shortened(reason, REASON_WIDTH)})"

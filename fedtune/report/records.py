@@ -1,0 +1,155 @@
+"""What a run leaves behind: the records that metrics.jsonl and summary.json hold.
+
+The JSON keys are exactly the field names, and every tuple is a list. JSON knows no NaN and no
+infinity: a float that is not finite is written as null. It is read back as None where the field
+allows None and as NaN elsewhere, so a diverged run can still be reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+from fedtune.errors import RunFolderError
+
+Status = Literal["finished", "failed", "interrupted"]
+# A float that is always there. Null in JSON stands for "not finite", see the module docstring.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
+class Record:
+    """Base of the records: a dataclass to and from a dict of plain JSON values."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {name: _plain(getattr(self, name)) for name in _names(type(self))}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The record that `data` holds; keys of other versions of fedtune are ignored.
+
+        Raises `RunFolderError` when a key is missing or holds a value of the wrong kind.
+        """
+        try:
+            record: Self = _adapter(cls).validate_python(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole record"
+            raise RunFolderError(f"not a {cls.__name__}: {where}: {first['msg']}") from error
+        return record
+
+
+@dataclass(frozen=True)
+class RoundRecord(Record):
+    """One round, as one line of metrics.jsonl."""
+
+    round: int
+    train_loss: float | None  # mean over clients, weighted by examples
+    loss: float | None  # on the evaluation set; None when this round was not evaluated
+    accuracy: float | None
+    clients: tuple[str, ...]  # those whose update was counted
+    failed: dict[str, str]  # client name -> reason
+    bytes_up: int  # all clients together, this round
+    bytes_down: int
+    seconds: Number
+    train_seconds: Number
+
+
+@dataclass(frozen=True)
+class Score(Record):
+    """How good the federated model was after one round."""
+
+    round: int
+    loss: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class ClientSummary(Record):
+    """One client over the whole run.
+
+    "Own mix" accuracies are weighted by the client's own label frequencies: what the model is
+    worth for the cases that this client really sees.
+    """
+
+    name: str
+    examples: int
+    label_counts: tuple[int, ...]  # in the order of Summary.labels
+    rounds_completed: int
+    rounds_failed: int
+    accuracy: float | None  # the federated model on the common test set, or on the client's own
+    own_mix_accuracy: float | None
+    local_accuracy: float | None  # trained alone with the same budget; only with references
+    local_own_mix_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Reference(Record):
+    """A model to compare with: "centralized", "local-only" or "linear-head"."""
+
+    name: str
+    accuracy: Number
+    loss: float | None
+    seconds: Number
+    sample_steps: int
+
+
+@dataclass(frozen=True)
+class Summary(Record):
+    """The whole run, as summary.json."""
+
+    name: str
+    status: Status
+    rounds: int
+    planned_rounds: int
+    seed: int
+    final: Score | None
+    best: Score | None
+    labels: tuple[str, ...]
+    per_client: tuple[ClientSummary, ...]
+    references: tuple[Reference, ...]
+    bytes_up_per_client_round: int
+    bytes_down_per_client_round: int
+    bytes_up: int
+    bytes_down: int
+    seconds: Number
+    train_seconds: Number
+    peak_rss_mb: Number
+    epsilon: float | None
+    config_digest: str
+    base: str  # words
+    base_digest: str
+    adapter: str  # words, such as "LoRA r=8 on query, value + classifier"
+    adapter_parameters: int
+    data: str  # words
+    evaluation: str  # words: "1,021 texts of common test set", "clients' own test sets"
+    warnings: tuple[str, ...]
+    versions: dict[str, str]
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types of JSON."""
+    if is_dataclass(value):
+        return {name: _plain(getattr(value, name)) for name in _names(type(value))}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _names(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
+
+
+@cache
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    # Built at the first use: the other users of this module should not pay for it.
+    return TypeAdapter(cls)

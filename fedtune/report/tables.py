@@ -1,0 +1,123 @@
+"""The end of a run on a terminal: every client, the references, and where things are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedtune.report import words
+from fedtune.report.comparison import REFERENCE_WORDS, Pair, compare, largest
+from fedtune.report.headline import headline
+from fedtune.report.records import Summary
+
+MOST_CLIENTS = 40  # a longer table scrolls the headline away; the HTML report has all
+_NAME_WIDTH = 24
+_THINGS = (
+    ("report.html", "the report"),
+    ("adapter", "the adapter"),
+    ("summary.json", "all numbers"),
+)
+
+
+def print_summary(
+    summary: Summary,
+    console: Console,
+    run_folder: Path,
+    resume_hint: str = "fedtune simulate --resume",
+) -> None:
+    """Print the result of a run; readable at 80 columns and without colours.
+
+    Call it last: it names those of the run folder's things that exist by then. `resume_hint` is
+    the command that, followed by the folder, continues a run that did not finish.
+    """
+    console.print(Text(words.printable(headline(summary)), style="bold"))
+    console.print(_client_table(summary))
+    hidden = len(summary.per_client) - MOST_CLIENTS
+    if hidden > 0:
+        console.print(Text(f"(the {MOST_CLIENTS} largest; {hidden} more are in report.html)"))
+    if summary.references:
+        console.print(_reference_table(summary))
+    for warning in summary.warnings:
+        console.print(Text(f"warning: {words.printable(warning)}", style="yellow"))
+    for name, meaning in _THINGS:
+        if (run_folder / name).exists():
+            _print_path(console, f"{meaning}:", f"{run_folder / name}")
+    if summary.status != "finished":
+        _print_path(console, "continue with:", f"{resume_hint} {run_folder}")
+
+
+def _print_path(console: Console, what: str, path: str) -> None:
+    # soft_wrap: a path broken over two lines cannot be copied.
+    console.print(Text(f"{what:<14} {words.printable(path)}"), soft_wrap=True)
+
+
+def _client_table(summary: Summary) -> Table:
+    comparison = compare(summary)
+    with_alone = bool(comparison.gains)
+    noun = words.noun_of(client.name for client in summary.per_client)
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column(noun, max_width=_NAME_WIDTH)
+    for title in ("examples", "labels", "accuracy"):
+        table.add_column(title, justify="right")
+    if comparison.own_mix:
+        table.add_column("own mix", justify="right")
+    if with_alone:
+        table.add_column("alone", justify="right")
+        table.add_column("gain", justify="right")
+    table.add_column("failed\nrounds", justify="right")
+    shown = set(map(id, largest(summary.per_client, MOST_CLIENTS)))
+    for pair in comparison.pairs:
+        if id(pair.client) in shown:
+            table.add_row(*_cells(pair, len(summary.labels), comparison.own_mix, with_alone))
+    if comparison.own_mix:
+        table.caption = f"own mix: accuracy on the {noun}'s own case mix"
+        if with_alone:
+            table.caption += "; alone, gain (points): the same measure"
+        table.caption_justify = "left"
+    return table
+
+
+def _cells(pair: Pair, labels: int, own_mix: bool, with_alone: bool) -> list[Text]:
+    client = pair.client
+    held = sum(number > 0 for number in client.label_counts)
+    cells = [
+        words.shortened(client.name, _NAME_WIDTH),
+        words.count(client.examples),
+        f"{held}/{labels}",
+        words.percent(client.accuracy),
+    ]
+    if own_mix:
+        cells.append(words.percent(pair.federated))
+    if with_alone:
+        cells += [words.percent(pair.alone), words.points(pair.gain)]
+    cells.append(str(client.rounds_failed))
+    # Text, not str: rich would read markup out of a client's name.
+    return [Text(cell) for cell in cells]
+
+
+def _reference_table(summary: Summary) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("compared with")
+    for title in ("accuracy", "loss", "time"):
+        table.add_column(title, justify="right")
+    rows = [
+        (
+            REFERENCE_WORDS.get(reference.name, words.printable(reference.name)),
+            reference.accuracy,
+            reference.loss,
+            reference.seconds,
+        )
+        for reference in summary.references
+    ]
+    if summary.final is not None:
+        rows.insert(
+            0, ("federated", summary.final.accuracy, summary.final.loss, summary.train_seconds)
+        )
+    for name, accuracy, loss, seconds in rows:
+        cells = (name, words.percent(accuracy), words.loss(loss), words.duration(seconds))
+        table.add_row(*map(Text, cells))
+    return table

@@ -1,0 +1,156 @@
+"""The journal: one SQLite file in which a round happens once, or not at all.
+
+A round is one transaction: its record, the new adapter and the rule's state. Kill the process
+at any instruction and the next one finds either the whole round or nothing of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from fedtune.errors import RunFolderError
+from fedtune.records import RoundRecord
+from fedtune.round.server import GlobalState
+
+FORMAT = 1
+
+_SCHEMA = """
+CREATE TABLE identity (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE rounds (
+    round INTEGER PRIMARY KEY,
+    record TEXT,               -- JSON; NULL for round 0, the state before training
+    adapter BLOB,              -- little-endian float32, manifest order; only first, best, last
+    rule_state BLOB            -- safetensors; only of the last round
+) STRICT;
+"""
+
+
+class Journal:
+    """The committed rounds of one run. One process at a time holds it open."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int) -> None:
+        self._path = path
+        self._db = connection
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: Path, identity: dict[str, str], state: GlobalState) -> Self:
+        """A new journal whose round 0 is `state`; `identity` says what the run is about."""
+        if path.exists():
+            raise RunFolderError(f"{path} exists already")
+        lock = _lock(path)
+        connection = _connect(path)
+        connection.executescript(_SCHEMA)
+        rows = {**identity, "format": str(FORMAT)}.items()
+        connection.executemany("INSERT INTO identity VALUES (?, ?)", rows)
+        connection.execute("INSERT INTO rounds VALUES (0, NULL, ?, ?)", _blobs(state))
+        return cls(path, connection, lock)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """An existing journal; raises `RunFolderError` if it is none or is in use."""
+        if not path.is_file():
+            raise RunFolderError(f"{path}: no such journal, so not the folder of a run")
+        lock = _lock(path)
+        try:
+            journal = cls(path, _connect(path), lock)
+            found = journal.identity().get("format")
+        except sqlite3.DatabaseError as error:
+            os.close(lock)
+            raise RunFolderError(f"{path}: not a journal: {error}") from error
+        if found != str(FORMAT):
+            journal.close()
+            raise RunFolderError(f"{path}: journal format {found}, this fedtune reads {FORMAT}")
+        return journal
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self._db.close()
+        os.close(self._lock)
+
+    def identity(self) -> dict[str, str]:
+        """What the run is about: run id and the digests agreed upon."""
+        return dict(self._db.execute("SELECT key, value FROM identity"))
+
+    def commit(self, record: RoundRecord, state: GlobalState) -> None:
+        """Make the round that follows the last one part of the run, all of it at once."""
+        with self._transaction():
+            expected = self._last() + 1
+            if record.round != expected:
+                raise ValueError(f"round {record.round} cannot follow round {expected - 1}")
+            self._db.execute(
+                "INSERT INTO rounds VALUES (?, ?, ?, ?)",
+                (record.round, json.dumps(record.to_json()), *_blobs(state)),
+            )
+            # Old states would be most of the file: round 0, the best and the last are kept.
+            keep = [0, record.round, self._best() or 0]
+            self._db.execute(
+                "UPDATE rounds SET adapter = NULL WHERE round NOT IN (?, ?, ?)", keep
+            )
+            self._db.execute("UPDATE rounds SET rule_state = NULL WHERE round < ?", [record.round])
+
+    def records(self) -> list[RoundRecord]:
+        """All committed rounds, in order."""
+        rows = self._db.execute("SELECT record FROM rounds WHERE round > 0 ORDER BY round")
+        return [RoundRecord.from_json(json.loads(text)) for (text,) in rows]
+
+    def last_state(self) -> tuple[int, GlobalState]:
+        """Number (0 before the first) and state of the last committed round."""
+        number, adapter, rule_state = self._db.execute(
+            "SELECT round, adapter, rule_state FROM rounds ORDER BY round DESC LIMIT 1"
+        ).fetchone()
+        vector = np.frombuffer(adapter, "<f4").astype(np.float32)
+        return number, GlobalState(vector, load(rule_state))
+
+    def _last(self) -> int:
+        (number,) = self._db.execute("SELECT max(round) FROM rounds").fetchone()
+        return int(number)
+
+    def _best(self) -> int | None:
+        evaluated = [r for r in self.records() if r.accuracy is not None]
+        return max(evaluated, key=lambda r: r.accuracy or 0.0).round if evaluated else None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+def _blobs(state: GlobalState) -> tuple[bytes, bytes]:
+    return state.adapter.astype("<f4").tobytes(), save(state.rule_state)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None)
+    # FULL: a committed round survives a power cut, not only the end of the process.
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def _lock(path: Path) -> int:
+    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        # A record lock and not flock: worker processes forked from this one do not hold it, so
+        # it is free the moment that this process is gone.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        os.close(lock)
+        raise RunFolderError(
+            f"{path.parent} is in use by another process; wait for it or end it"
+        ) from error
+    return lock

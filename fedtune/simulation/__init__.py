@@ -1,0 +1,1 @@
+"""A federation on one machine: the same rounds, strategy and apps, without a network."""

@@ -1,0 +1,151 @@
+"""What the commands of the command line do; each returns an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from fedtune.config import Config, DEFAULT_PRESET, load_config, load_preset
+from fedtune.errors import ConfigError, RunFolderError
+from fedtune.files import write_atomic
+from fedtune.records import RoundRecord, Summary
+from fedtune.report.progress import make_progress
+from fedtune.report.tables import print_summary
+from fedtune.simulation.folder import ADAPTER, REPORT, SUMMARY, RunFolder, check_new, free_path
+
+RUNS = Path("runs")
+# Keys of a preset that say how its own data is divided; other data is divided anew.
+OF_THE_DATA = ("data.partition", "data.clients", "data.min-examples")
+
+
+@dataclass(frozen=True)
+class SimulateRequest:
+    """The flags of `fedtune simulate`."""
+
+    preset: str | None = None
+    config: Path | None = None
+    data: str | None = None
+    base: str | None = None
+    partition: str | None = None
+    clients: int | None = None
+    rounds: int | None = None
+    seed: int | None = None
+    settings: tuple[str, ...] = ()
+    out: Path | None = None
+    resume: Path | None = None
+    references: bool = False
+    wire: bool = False
+    workers: int | None = None
+
+
+def simulate(request: SimulateRequest, as_json: bool) -> int:
+    """Run or continue a simulation and show it; raises `UsageError` before anything is written."""
+    progress = make_progress(quiet=as_json)
+    if request.resume:
+        _refuse_with_resume(request)
+        run = RunFolder.open(request.resume)
+        config = run.config
+        references = request.references or run.journal.identity().get("references") == "yes"
+    else:
+        run = None
+        config = resolve_config(request)
+        references = request.references
+        if request.out:
+            check_new(request.out)
+    # Only now the imports that take seconds: wrong flags are told at once.
+    from fedtune.simulation.job import text_job
+    from fedtune.simulation.run import Options, Simulation, check_same_job, create_run
+
+    job = text_job(config)
+    if run is None:
+        run = create_run(job, request.out or free_path(RUNS, _name(request)), references)
+    else:
+        check_same_job(job, run)
+    progress.started(
+        [
+            f"{len(job.clients)} clients, {config.rounds.count} rounds: {job.data_words}",
+            f"base {job.base_name}, {job.adapter_words}, "
+            f"{job.adapter.manifest.size:,} parameters travel",
+        ],
+        config.rounds.count,
+    )
+    for warning in job.warnings:
+        progress.note(warning)
+    options = Options(request.workers, request.wire, references)
+    try:
+        outcome = Simulation(job, run, options, progress).execute()
+    except KeyboardInterrupt:
+        progress.finished()
+        print(
+            f"\nfedtune: interrupted; go on with: fedtune simulate --resume {run.path}",
+            file=sys.stderr,
+        )
+        return 130
+    _show(outcome.summary, outcome.path, as_json)
+    if outcome.error:
+        print(f"fedtune: the run failed: {outcome.error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def resolve_config(request: SimulateRequest) -> Config:
+    """The configuration that the flags name; raises `ConfigError`."""
+    if request.preset and request.config:
+        raise ConfigError("--preset and --config: give one of them")
+    overrides = [*_overrides(request), *request.settings]
+    if request.config:
+        return load_config(request.config, overrides)
+    return load_preset(request.preset or DEFAULT_PRESET, overrides, OF_THE_DATA * bool(request.data))
+
+
+def _overrides(request: SimulateRequest) -> list[str]:
+    """Flags as `table.key=value`; JSON strings are TOML strings."""
+    flags = {
+        "data.source": request.data,
+        "base.path": request.base,
+        "data.partition": request.partition,
+        "data.clients": request.clients,
+        "rounds.count": request.rounds,
+        "seed": request.seed,
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+
+
+def _refuse_with_resume(request: SimulateRequest) -> None:
+    given = {
+        "--preset": request.preset,
+        "--config": request.config,
+        "--data": request.data,
+        "--base": request.base,
+        "--partition": request.partition,
+        "--clients": request.clients,
+        "--rounds": request.rounds,
+        "--seed": request.seed,
+        "--set": request.settings or None,
+        "--out": request.out,
+    }
+    wrong = [flag for flag, value in given.items() if value is not None]
+    if wrong:
+        raise ConfigError(
+            f"--resume continues a run as it was begun; leave out {', '.join(wrong)}"
+        )
+
+
+def _name(request: SimulateRequest) -> str:
+    if request.data:
+        return Path(request.data).stem or "run"
+    if request.config:
+        return request.config.stem
+    return request.preset or DEFAULT_PRESET
+
+
+def _show(summary: Summary, path: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"run": str(path), **summary.to_json()}, ensure_ascii=False))
+    else:
+        print_summary(summary, Console(), path)

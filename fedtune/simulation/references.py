@@ -1,0 +1,192 @@
+"""What a person must compare a federation with, on the same budget of sample-steps.
+
+Centralized (all data in one place) is the ceiling; each client alone is the floor; the
+untouched base with a linear head says what adapting it is worth. A sample-step is one example
+in one optimizer step. All use one optimizer run with the learning rate falling over it, and
+plain cross-entropy, as somebody without a federation would.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from fedtune.errors import JobError
+from fedtune.flower.pool import Failed, Pool, Task
+from fedtune.simulation.job import Job, all_training_rows
+from fedtune.train.batches import client_rng, learning_rate, plan_batches
+from fedtune.train.trainer import Dataset, Evaluation, LocalPlan
+from fedtune.types import Float32Vector
+
+# A linear head alone has a convex loss and bears, and needs, a larger step.
+HEAD_LR_FACTOR = 10
+# One machine with all data uses larger batches, at the same number of sample-steps.
+CENTRAL_BATCH_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class ReferenceResult:
+    """One reference model's evaluation on the test set, and what it cost."""
+
+    evaluation: Evaluation
+    seconds: float
+    sample_steps: int
+
+
+def run_references(
+    pool: Pool, job: Job, initial: Float32Vector, progress: Callable[[str, int, int], None]
+) -> dict[str, ReferenceResult]:
+    """`centralized`, `alone:PLACE` for each client and, for texts, `linear-head`.
+
+    They are trained in the workers; raises `JobError` if one of them fails.
+    """
+    # The longest first: it decides when all are done.
+    names = ["centralized", *(f"alone:{place}" for place in range(len(job.clients)))]
+    if job.base_folder is not None:
+        names.append("linear-head")
+
+    def payload(name: str) -> bytes:
+        return name.encode() + b"\n" + initial.tobytes()
+
+    tasks = [Task(i, "reference", lambda n=name: payload(n)) for i, name in enumerate(names)]  # type: ignore[misc]
+    results: dict[str, ReferenceResult] = {}
+    progress("references", 0, len(tasks))
+    for key, result in pool.run(tasks):
+        if isinstance(result, Failed):
+            raise JobError(f"reference {names[key]}: {result.reason}")
+        results[names[key]] = _unpack(result)
+        progress("references", len(results), len(tasks))
+    return results
+
+
+def reference_handler(job: Job, payload: bytes) -> bytes:
+    """In a worker: train and evaluate one reference."""
+    name, _, vector = payload.partition(b"\n")
+    initial = np.frombuffer(vector, np.float32).copy()
+    kind, _, place = name.decode().partition(":")
+    if kind == "alone":
+        result = _train_alone(job, initial, int(place))
+    elif kind == "centralized":
+        result = _train_centralized(job, initial)
+    else:
+        result = _train_linear_head(job)
+    return _pack(result)
+
+
+def sample_steps(job: Job, clients: int) -> int:
+    """Examples times optimizer steps that `clients` clients take in the whole federation."""
+    config = job.config
+    return clients * config.rounds.count * config.train.steps * config.train.batch_size
+
+
+def _cohort(job: Job) -> int:
+    return min(job.config.rounds.clients_per_round or len(job.clients), len(job.clients))
+
+
+def _train_centralized(job: Job, initial: Float32Vector) -> ReferenceResult:
+    budget = sample_steps(job, _cohort(job))
+    data = all_training_rows(job.clients)
+    batch = job.config.train.batch_size * CENTRAL_BATCH_FACTOR
+    return _train(job, initial, data, budget, batch, _evaluation_set(job, None))
+
+
+def _train_alone(job: Job, initial: Float32Vector, place: int) -> ReferenceResult:
+    # With a cohort drawn each round, a client trains in its share of the rounds.
+    budget = sample_steps(job, _cohort(job)) // len(job.clients)
+    data = job.clients[place].train
+    batch = job.config.train.batch_size
+    return _train(job, initial, data, budget, batch, _evaluation_set(job, place))
+
+
+def _evaluation_set(job: Job, place: int | None) -> Dataset:
+    if job.test is not None:
+        return job.test
+    if place is not None:
+        own = job.clients[place].test
+        if own is None:
+            raise JobError(f"{job.clients[place].name} has no test set")
+        return own
+    first, *others = [client.test for client in job.clients if client.test is not None]
+    return first.concatenate(others)
+
+
+def _train(
+    job: Job, initial: Float32Vector, data: Dataset, budget: int, batch_size: int, test: Dataset
+) -> ReferenceResult:
+    started = time.perf_counter()
+    train = job.config.train
+    batch_size = min(batch_size, len(data))
+    steps = max(1, budget // batch_size)
+    rates = (
+        learning_rate(train.schedule, train.lr, train.final_lr_fraction, step, steps)
+        for step in range(steps)
+    )
+    rng = client_rng(job.config.seed, 0, "reference")
+    plan = LocalPlan(plan_batches(data.lengths, steps, batch_size, rng), rates)
+    trainer = job.trainer(plain=True)
+    result = trainer.train(initial, data, plan)
+    evaluation = trainer.evaluate(result.adapter, test)
+    return ReferenceResult(evaluation, time.perf_counter() - started, steps * batch_size)
+
+
+def _train_linear_head(job: Job) -> ReferenceResult:
+    started = time.perf_counter()
+    data, test = all_training_rows(job.clients), _evaluation_set(job, None)
+    trainer = job.trainer(plain=True)
+    device = trainer.device
+    features, test_features = (
+        torch.from_numpy(trainer.features(rows)).to(device) for rows in (data, test)
+    )
+    labels, test_labels = (torch.from_numpy(job.task.labels(d)).to(device) for d in (data, test))
+    budget, batch = sample_steps(job, _cohort(job)), min(256, len(data))
+    steps = max(1, budget // batch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.config.seed)
+        head = torch.nn.Linear(features.shape[1], len(job.labels)).to(device)
+    lr = job.config.train.lr * HEAD_LR_FACTOR
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.0)
+    rng = client_rng(job.config.seed, 0, "linear-head")
+    for step, rows in enumerate(plan_batches(data.lengths, steps, batch, rng)):
+        optimizer.param_groups[0]["lr"] = learning_rate("cosine", lr, 0.0, step, steps + 1)
+        loss = functional.cross_entropy(head(features[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimizer.step()
+    with torch.inference_mode():
+        logits = head(test_features)
+        loss_sum = float(functional.cross_entropy(logits, test_labels, reduction="sum"))
+        predictions = logits.argmax(-1).cpu().numpy()
+    right = job.task.labels(test)
+    evaluation = Evaluation(
+        len(test), loss_sum, int((predictions == right).sum()), predictions, right
+    )
+    return ReferenceResult(evaluation, time.perf_counter() - started, steps * batch)
+
+
+def _pack(result: ReferenceResult) -> bytes:
+    found = result.evaluation
+    header = {
+        "seconds": result.seconds,
+        "sample_steps": result.sample_steps,
+        "loss_sum": found.loss_sum,
+        "examples": found.examples,
+        "correct": found.correct,
+    }
+    arrays = np.concatenate([found.predictions, found.labels]).astype(np.int64)
+    return json.dumps(header).encode() + b"\n" + arrays.tobytes()
+
+
+def _unpack(data: bytes) -> ReferenceResult:
+    header, _, arrays = data.partition(b"\n")
+    value = json.loads(header)
+    predictions, labels = np.split(np.frombuffer(arrays, np.int64), 2)
+    evaluation = Evaluation(
+        value["examples"], value["loss_sum"], value["correct"], predictions, labels
+    )
+    return ReferenceResult(evaluation, value["seconds"], value["sample_steps"])

@@ -1,0 +1,351 @@
+"""Run a job: rounds over the in-process grid, then evaluation, references and results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import resource
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedtune.errors import JobError, RunFolderError
+from fedtune.export.peft_folder import Passport, write_adapter
+from fedtune.files import write_atomic, write_json
+from fedtune.flower.grid import LocalGrid
+from fedtune.flower.internals import quiet
+from fedtune.flower.pool import Pool
+from fedtune.flower.strategy import FederatedFineTuning
+from fedtune.records import ClientSummary, Reference, RoundRecord, Score, Status, Summary
+from fedtune.report.progress import Progress
+from fedtune.round import federation as rounds
+from fedtune.round.server import GlobalState
+from fedtune.simulation import folder as names
+from fedtune.simulation.folder import RunFolder
+from fedtune.simulation.job import Job, JobClient
+from fedtune.simulation.references import ReferenceResult, run_references
+from fedtune.simulation.workers import COMMON_TEST, evaluate, make_pool
+from fedtune.train.trainer import Evaluation
+from fedtune.types import Float32Vector, digest_of, sha256_hex
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a job; none of it changes the result."""
+
+    workers: int | None = None
+    wire: bool = False
+    references: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind; `error` says why it failed."""
+
+    path: Path
+    summary: Summary
+    records: tuple[RoundRecord, ...]
+    adapter: Float32Vector
+    error: JobError | None = None
+
+
+def create_run(job: Job, path: Path, references: bool) -> RunFolder:
+    """The folder of a new run of `job`."""
+    initial = job.adapter.read()
+    rule_state = rounds.make_rule(job.config.aggregate).init(len(initial))
+    identity = {
+        "run_id": secrets.token_hex(16),
+        "references": "yes" if references else "no",
+        **_digests(job),
+    }
+    return RunFolder.create(path, job.config, identity, GlobalState(initial, rule_state))
+
+
+def check_same_job(job: Job, run: RunFolder) -> None:
+    """Raise `RunFolderError` if base model, data or configuration are not what the run began with."""
+    identity = run.journal.identity()
+    for key, now in _digests(job).items():
+        if identity.get(key) != now:
+            words = key.removesuffix("_digest").replace("_", " ")
+            raise RunFolderError(
+                f"{run.path}: the {words} is not the one that this run began with; "
+                "start a new run instead"
+            )
+
+
+class Simulation:
+    """One run of one job in one folder."""
+
+    def __init__(
+        self,
+        job: Job,
+        run: RunFolder,
+        options: Options,
+        progress: Progress,
+        on_round: Callable[[RoundRecord], None] | None = None,
+    ) -> None:
+        self._job = job
+        self._run = run
+        self._options = options
+        self._progress = progress
+        self._on_round = on_round
+        self._references: dict[str, ReferenceResult] = {}
+        self._final: dict[int, Evaluation] = {}
+        self._refused: list[str] = []
+
+    def execute(self) -> Outcome:
+        """Run what is left of the run and write its results.
+
+        After Ctrl-C (`KeyboardInterrupt`) results so far are written and the exception goes on.
+        A job that fails is in the outcome; its results so far are written too.
+        """
+        quiet()
+        self._started = time.perf_counter()
+        self._run.rewrite_metrics()
+        status: Status = "finished"
+        error: JobError | None = None
+        pool = make_pool(self._job, self._options.workers, self._options.wire)
+        try:
+            self._rounds(pool)
+            self._score(pool)
+        except JobError as failure:
+            status, error = "failed", failure
+        except KeyboardInterrupt:
+            self._write("interrupted")
+            raise
+        finally:
+            pool.close()
+            self._progress.finished()
+        return self._write(status, error)
+
+    # The strategy's observer.
+
+    def round_running(self, round_number: int, done: int, total: int) -> None:
+        """See `flower.strategy.Observer`."""
+        self._progress.round_running(round_number, done, total)
+
+    def round_committed(self, record: RoundRecord) -> None:
+        """See `flower.strategy.Observer`."""
+        self._run.append_metrics(record)
+        left = self._federation.rounds_left
+        recent = [r.seconds for r in self._run.journal.records()[-3:]]
+        self._progress.round_done(record, left * sum(recent) / len(recent))
+        if self._on_round:
+            self._on_round(record)
+
+    def client_refused(self, node: int, reason: str) -> None:
+        """See `flower.strategy.Observer`."""
+        name = self._job.clients[node - 2].name
+        self._refused.append(f"{name} does not take part: {reason}")
+        self._progress.note(self._refused[-1])
+
+    def _rounds(self, pool: Pool) -> None:
+        job = self._job
+        self._federation = rounds.Federation(
+            job.config, job.adapter.manifest, job.base_digest, self._run.journal
+        )
+        if not self._federation.rounds_left:
+            return
+        score = (lambda adapter: self._common_score(pool, adapter)) if job.test else None
+        strategy = FederatedFineTuning(self._federation, self, score)
+        strategy.run(LocalGrid(pool, len(job.clients)), len(job.clients))
+
+    def _common_score(self, pool: Pool, adapter: Float32Vector) -> rounds.Score:
+        if not self._federation.evaluates(self._federation.round + 1):
+            raise RuntimeError("asked for a score in a round that is not evaluated")
+        found = evaluate(pool, self._job, adapter)
+        self._final = {COMMON_TEST: found}
+        return rounds.Score(found.loss, found.accuracy)
+
+    def _score(self, pool: Pool) -> None:
+        """Evaluate the final adapter where it is not yet, and train the references."""
+        job, adapter = self._job, self._federation.adapter
+        if job.test:
+            if not self._final:
+                self._final[COMMON_TEST] = evaluate(pool, job, adapter)
+        else:
+            for place, client in enumerate(job.clients):
+                if client.test is not None:
+                    self._final[place] = evaluate(pool, job, adapter, place)
+        if self._options.references:
+            initial = job.adapter.read()
+            self._progress.note("training the references: centralized, each client alone, head")
+            self._references = run_references(pool, job, initial, self._reference_running)
+
+    def _reference_running(self, _name: str, done: int, total: int) -> None:
+        self._progress.round_running(0, done, total)
+
+    def _write(self, status: Status, error: JobError | None = None) -> Outcome:
+        from fedtune.report.html import render_html
+        from fedtune.report.tensorboard import write_events
+
+        job, path = self._job, self._run.path
+        number, state = self._run.journal.last_state()
+        records = self._run.journal.records()
+        summary = self._summary(status, records, error)
+        peft_config, manifest = job.adapter.peft_config, job.adapter.manifest
+        write_adapter(
+            path / names.ADAPTER, manifest, state.adapter, peft_config,
+            self._passport(number, state.adapter),
+        )  # fmt: skip
+        write_json(path / names.SUMMARY, summary.to_json())
+        write_atomic(path / names.REPORT, render_html(summary, records).encode())
+        write_events(path / names.TENSORBOARD, records)
+        self._run.journal.close()
+        return Outcome(path, summary, tuple(records), state.adapter, error)
+
+    def _summary(
+        self, status: Status, records: list[RoundRecord], error: JobError | None
+    ) -> Summary:
+        job = self._job
+        scores = [Score(r.round, r.loss, r.accuracy) for r in records if r.loss is not None]
+        best = max(scores, key=lambda s: (s.accuracy or 0.0, -(s.loss or 0.0)), default=None)
+        counted = sum(len(r.clients) for r in records)
+        asked = counted + sum(len(r.failed) for r in records)
+        up, down = sum(r.bytes_up for r in records), sum(r.bytes_down for r in records)
+        failure = (f"the run failed: {error}",) if error else ()
+        return Summary(
+            name=self._run.path.name,
+            status=status,
+            rounds=len(records),
+            planned_rounds=job.config.rounds.count,
+            seed=job.config.seed,
+            final=scores[-1] if scores else None,
+            best=best,
+            labels=job.labels,
+            per_client=tuple(
+                self._client(place, client, records) for place, client in enumerate(job.clients)
+            ),
+            references=self._reference_records(),
+            bytes_up_per_client_round=up // counted if counted else 0,
+            bytes_down_per_client_round=down // asked if asked else 0,
+            bytes_up=up,
+            bytes_down=down,
+            seconds=sum(r.seconds for r in records),
+            train_seconds=sum(r.train_seconds for r in records),
+            peak_rss_mb=_peak_rss_mb(),
+            epsilon=None,
+            config_digest=job.config.digest,
+            base=job.base_name,
+            base_digest=job.base_digest,
+            adapter=job.adapter_words,
+            adapter_parameters=job.adapter.manifest.size,
+            data=job.data_words,
+            evaluation=_evaluation_words(job),
+            warnings=(*job.warnings, *self._refused, *failure),
+            versions=_versions(),
+        )
+
+    def _client(self, place: int, client: JobClient, records: list[RoundRecord]) -> ClientSummary:
+        federated = self._final.get(COMMON_TEST if self._job.test else place)
+        alone = self._references.get(f"alone:{place}")
+        mix = client.label_counts
+        return ClientSummary(
+            name=client.name,
+            examples=len(client.train),
+            label_counts=tuple(int(count) for count in mix),
+            rounds_completed=sum(client.name in r.clients for r in records),
+            rounds_failed=sum(client.name in r.failed for r in records),
+            accuracy=federated.accuracy if federated else None,
+            own_mix_accuracy=self._own_mix(federated, mix),
+            local_accuracy=alone.evaluation.accuracy if alone else None,
+            local_own_mix_accuracy=self._own_mix(alone.evaluation if alone else None, mix),
+        )
+
+    def _own_mix(
+        self, found: Evaluation | None, mix: np.ndarray[tuple[int], np.dtype[np.int64]]
+    ) -> float | None:
+        """Accuracy weighted by a client's own label frequencies; its own test set has them."""
+        if found is None or self._job.test is None or not len(found.labels):
+            return found.accuracy if found else None
+        return own_mix_accuracy(found, mix)
+
+    def _reference_records(self) -> tuple[Reference, ...]:
+        alone = [r for name, r in self._references.items() if name.startswith("alone:")]
+        found = [
+            Reference(name, r.evaluation.accuracy or 0.0, r.evaluation.loss, r.seconds, r.sample_steps)
+            for name, r in self._references.items()
+            if not name.startswith("alone:")
+        ]
+        if alone:
+            accuracy = float(np.mean([r.evaluation.accuracy or 0.0 for r in alone]))
+            loss = float(np.mean([r.evaluation.loss for r in alone]))
+            seconds, steps = sum(r.seconds for r in alone), sum(r.sample_steps for r in alone)
+            found.insert(1, Reference("local-only", accuracy, loss, seconds, steps))
+        return tuple(found)
+
+    def _passport(self, number: int, adapter: Float32Vector) -> Passport:
+        job, config = self._job, self._job.config
+        return Passport(
+            base=job.base_name,
+            base_digest=job.base_digest,
+            manifest_digest=job.adapter.manifest.digest,
+            config_digest=config.digest,
+            adapter_digest=sha256_hex(adapter.astype("<f4").tobytes()),
+            labels=job.labels,
+            pooling=config.base.pooling,
+            max_length=config.base.max_length,
+            rounds=number,
+            clients=len(job.clients),
+            rule=config.aggregate.rule,
+            epsilon=None,
+            epsilon_unit="none: this adapter was not trained under differential privacy",
+            fedtune_version=importlib.metadata.version("fedtune"),
+        )
+
+
+def own_mix_accuracy(
+    found: Evaluation, mix: np.ndarray[tuple[int], np.dtype[np.int64]]
+) -> float | None:
+    """Accuracy on a test set reweighted to the label frequencies `mix` (int64 `[labels]`).
+
+    Σ_c mix_c · recall_c / Σ_c mix_c over the labels c that the test set has; None if none.
+    """
+    totals = np.bincount(found.labels, minlength=len(mix))
+    right = np.bincount(found.labels[found.predictions == found.labels], minlength=len(mix))
+    seen = totals > 0
+    weight = mix[seen].sum()
+    if not weight:
+        return None
+    return float((mix[seen] * right[seen] / totals[seen]).sum() / weight)
+
+
+def _digests(job: Job) -> dict[str, str]:
+    data = {
+        "labels": job.labels,
+        "clients": [[c.name, len(c.train), [int(n) for n in c.label_counts]] for c in job.clients],
+    }
+    return {
+        "base_model_digest": job.base_digest,
+        "adapter_manifest_digest": job.adapter.manifest.digest,
+        "configuration_digest": job.config.digest,
+        "data_digest": digest_of(data),
+    }
+
+
+def _evaluation_words(job: Job) -> str:
+    if job.test is not None:
+        return f"{len(job.test):,} rows of a common test set that no client trains on"
+    if any(client.test is not None for client in job.clients):
+        return "clients' own test sets"
+    return "none: there is no test set"
+
+
+def _peak_rss_mb() -> float:
+    """Largest resident set of any one process of this run, in MiB (shared pages included)."""
+    unit = 1024 if sys.platform == "linux" else 1024 * 1024
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(w).ru_maxrss for w in who) / unit
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in ("fedtune", "torch", "transformers", "peft", "flwr", "numpy"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

@@ -1,0 +1,235 @@
+"""What is learned: how rows become batches, batches a loss, and outputs an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import ConcatDataset, default_collate
+
+from fedtune.data import TextExamples
+from fedtune.train.trainer import Dataset
+
+
+class Task(Protocol):
+    """A task over rows of one kind of data set."""
+
+    def batch(self, data: Any, rows: NDArray[np.int64], device: torch.device) -> Any:
+        """The rows as whatever `loss` and `outputs` take."""
+
+    def loss(self, module: nn.Module, data: Any, batch: Any) -> Tensor:
+        """Mean training loss of the batch, a scalar."""
+
+    def outputs(self, module: nn.Module, batch: Any) -> tuple[Tensor, NDArray[np.int64] | None]:
+        """Summed evaluation loss (a scalar), and predicted classes (int64 `[batch]`) or None."""
+
+    def labels(self, data: Any) -> NDArray[np.int64]:
+        """The right classes, int64 `[n]`; empty for a task without classes."""
+
+
+_NO_IDS = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Token ids of all texts end to end (int32), where each starts, and labels (int64 `[n]`).
+
+    Flat arrays and no Python objects: forked workers share their pages.
+    """
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens per text, int64 `[n]`."""
+        return np.diff(self.starts)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: NDArray[np.int64]) -> TokenizedTexts:
+        """The texts of these rows."""
+        lengths = self.lengths[rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        ids = [self.ids[self.starts[row] : self.starts[row + 1]] for row in rows]
+        return TokenizedTexts(np.concatenate([_NO_IDS, *ids]), starts, self.labels[rows])
+
+    def concatenate(self, others: Sequence[TokenizedTexts]) -> TokenizedTexts:
+        """These texts and then those of `others`."""
+        parts = [self, *others]
+        lengths = np.concatenate([part.lengths for part in parts])
+        return TokenizedTexts(
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([[0], np.cumsum(lengths)]),
+            np.concatenate([part.labels for part in parts]),
+        )
+
+    @cached_property
+    def label_counts(self) -> NDArray[np.int64]:
+        """How often each label occurs, up to the largest that does."""
+        return np.bincount(self.labels)
+
+
+def tokenize(tokenizer: Any, examples: TextExamples, max_length: int) -> TokenizedTexts:
+    """Tokenize once what is trained on every round."""
+    if not len(examples):
+        return TokenizedTexts(_NO_IDS, np.zeros(1, np.int64), examples.labels)
+    rows = tokenizer(list(examples.texts), truncation=True, max_length=max_length)["input_ids"]
+    starts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=starts[1:])
+    ids = np.fromiter((token for row in rows for token in row), np.int32, int(starts[-1]))
+    return TokenizedTexts(ids, starts, examples.labels)
+
+
+class TextClassification:
+    """One label per text, cross-entropy, accuracy.
+
+    With `logit_adjusted`, training adds the log of the client's own label frequencies to the
+    logits (Menon et al. 2021, arXiv 2007.07314, eq. 9; for federated learning Zhang et al.
+    2022, arXiv 2209.00189). Labels that a client does not hold then get no gradient: without
+    this, a client pushes down the outputs for every diagnosis that it never sees.
+    """
+
+    def __init__(self, labels: int, pad_id: int, logit_adjusted: bool = False) -> None:
+        self.num_labels = labels
+        self.pad_id = pad_id
+        self.logit_adjusted = logit_adjusted
+
+    def batch(
+        self, data: TokenizedTexts, rows: NDArray[np.int64], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and mask, int64 `[batch, longest]`, and labels, int64 `[batch]`."""
+        lengths = data.lengths[rows]
+        width = int(lengths.max())
+        ids = np.full((len(rows), width), self.pad_id, np.int64)
+        for line, row, length in zip(ids, rows, lengths, strict=True):
+            start = data.starts[row]
+            line[:length] = data.ids[start : start + length]
+        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+        arrays = (ids, mask, data.labels[rows])
+        ids_t, mask_t, labels_t = (torch.from_numpy(array).to(device) for array in arrays)
+        return ids_t, mask_t, labels_t
+
+    def loss(
+        self, module: nn.Module, data: TokenizedTexts, batch: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """Mean cross-entropy of the batch."""
+        ids, mask, labels = batch
+        logits: Tensor = module(ids, mask)
+        if self.logit_adjusted:
+            logits = logits + self._log_frequencies(data).to(logits.device)
+        return functional.cross_entropy(logits, labels)
+
+    def outputs(
+        self, module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, NDArray[np.int64]]:
+        """Summed cross-entropy, unadjusted, and the likeliest label of each text."""
+        ids, mask, labels = batch
+        logits: Tensor = module(ids, mask)
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        return loss, logits.argmax(-1).cpu().numpy()
+
+    def labels(self, data: TokenizedTexts) -> NDArray[np.int64]:
+        """The label of each text."""
+        return data.labels
+
+    def _log_frequencies(self, data: TokenizedTexts) -> Tensor:
+        counts = np.zeros(self.num_labels)
+        counts[: len(data.label_counts)] = data.label_counts
+        with np.errstate(divide="ignore"):
+            logs = np.log(counts / counts.sum())
+        # -inf would be right too, but times a zero gradient it is not a number.
+        return torch.from_numpy(np.maximum(logs, -1e4).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A user's own rows: any sequence, such as a `torch.utils.data.Dataset`."""
+
+    rows: Sequence[Any]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """All the same: nothing is known of the rows."""
+        return np.ones(len(self.rows), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, rows: NDArray[np.int64]) -> Rows:
+        """The data set of these rows."""
+        return Rows([self.rows[int(row)] for row in rows])
+
+    def concatenate(self, others: Sequence[Rows]) -> Rows:
+        """These rows and then those of `others`; nothing is read yet."""
+        return Rows(ConcatDataset([self.rows, *(other.rows for other in others)]))
+
+
+class CustomTask:
+    """A user's own loss over `(inputs, target)` rows collated by torch's `default_collate`.
+
+    `loss(module, batch)` returns the batch's mean loss. If targets are integers and the
+    module's output is `[batch, classes]`, accuracy is reported too.
+    """
+
+    def __init__(self, loss: Callable[[nn.Module, Any], Tensor] | None = None) -> None:
+        self._loss = loss or _cross_entropy
+
+    def batch(self, data: Rows, rows: NDArray[np.int64], device: torch.device) -> Any:
+        """The rows, collated and on the device."""
+        return _to(default_collate([data.rows[int(row)] for row in rows]), device)
+
+    def loss(self, module: nn.Module, _data: Dataset, batch: Any) -> Tensor:
+        """The user's loss."""
+        return self._loss(module, batch)
+
+    def outputs(self, module: nn.Module, batch: Any) -> tuple[Tensor, NDArray[np.int64] | None]:
+        """Summed loss; predicted classes if the module gives `[batch, classes]`."""
+        inputs, target = batch[0], batch[-1]
+        summed = self._loss(module, batch) * len(target)
+        if not _is_class(target):
+            return summed, None
+        logits = module(inputs)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            return summed, None
+        return summed, logits.argmax(-1).cpu().numpy()
+
+    def labels(self, data: Rows) -> NDArray[np.int64]:
+        """The targets, where they are whole numbers."""
+        targets = [row[-1] if isinstance(row, tuple | list) else None for row in data.rows]
+        if not targets or not all(isinstance(t, int | np.integer) or _is_class(t) for t in targets):
+            return np.empty(0, np.int64)
+        return np.array([int(t) for t in targets], np.int64)
+
+
+def _cross_entropy(module: nn.Module, batch: Any) -> Tensor:
+    inputs, target = batch
+    return functional.cross_entropy(module(inputs), target)
+
+
+def _is_class(target: Any) -> bool:
+    return (
+        isinstance(target, Tensor)
+        and not target.dtype.is_floating_point
+        and not target.dtype.is_complex
+        and target.ndim <= 1
+    )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return tuple(_to(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return value

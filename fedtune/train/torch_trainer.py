@@ -1,0 +1,161 @@
+"""Training with PyTorch: one resident base model, adapters swapped in and out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedtune.adapter.lora import AttachedAdapter
+from fedtune.errors import ConfigError, TrainingError
+from fedtune.train.task import Task
+from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
+from fedtune.types import Float32Vector, Manifest
+
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class TorchSettings:
+    """What does not change from round to round."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    precision: Literal["float32", "bf16"] = "float32"
+
+
+class TorchTrainer:
+    """Trains an attached adapter; the base stays where it is."""
+
+    def __init__(
+        self, adapter: AttachedAdapter, task: Task, base_digest: str, settings: TorchSettings
+    ) -> None:
+        self._adapter = adapter
+        self._task = task
+        self._base_digest = base_digest
+        self._settings = settings
+
+    @property
+    def manifest(self) -> Manifest:
+        """The adapter's tensors."""
+        return self._adapter.manifest
+
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 of the base model."""
+        return self._base_digest
+
+    @property
+    def module(self) -> nn.Module:
+        """The base model with the adapter attached."""
+        return self._adapter.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self._adapter.flat.device
+
+    def train(self, adapter: Float32Vector, data: Dataset, plan: LocalPlan) -> LocalResult:
+        """Train from `adapter` with a fresh optimizer; raises `TrainingError` if not finite."""
+        started = time.perf_counter()
+        attached, settings = self._adapter, self._settings
+        attached.write(adapter)
+        attached.module.train()
+        optimizer = _optimizer(attached.flat, settings)
+        losses = []
+        for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
+            batch = self._task.batch(data, rows, self.device)
+            with self._autocast():
+                loss = self._task.loss(attached.module, data, batch)
+            attached.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            if settings.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(attached.flat, settings.max_grad_norm)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            losses.append(loss.detach())
+        mean = float(torch.stack(losses).double().mean())
+        trained = attached.read()
+        if not math.isfinite(mean) or not np.isfinite(trained).all():
+            raise TrainingError(
+                "the loss or the adapter is no longer finite; lower train.lr "
+                "or set train.max-grad-norm"
+            )
+        return LocalResult(trained, mean, time.perf_counter() - started)
+
+    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
+        """Evaluate in batches of similar length; no gradient is kept."""
+        self._adapter.write(adapter)
+        module = self._adapter.module.eval()
+        labels = self._task.labels(data)
+        predictions = np.full(len(labels), -1, np.int64)
+        order = np.argsort(data.lengths, kind="stable")
+        loss_sum = 0.0
+        with torch.inference_mode(), self._autocast():
+            for start in range(0, len(order), EVALUATION_BATCH):
+                rows = order[start : start + EVALUATION_BATCH]
+                batch = self._task.batch(data, rows, self.device)
+                loss, predicted = self._task.outputs(module, batch)
+                loss_sum += float(loss)
+                if predicted is not None and len(labels):
+                    predictions[rows] = predicted
+        correct = int((predictions == labels).sum())
+        return Evaluation(len(data), loss_sum, correct, predictions, labels)
+
+    def features(self, data: Dataset) -> NDArray[np.float32]:
+        """What the untouched base gives the classifier, float32 `[n, hidden]`."""
+        captured: list[torch.Tensor] = []
+        head = self.module.get_submodule("base_model.model.classifier")
+        hook = head.register_forward_pre_hook(lambda _module, args: captured.append(args[0].cpu()))
+        order = np.argsort(data.lengths, kind="stable")
+        disable: Any = self.module.disable_adapter  # type: ignore[operator]  # peft's method
+        try:
+            with torch.inference_mode(), disable():
+                self.module.eval()
+                for start in range(0, len(order), EVALUATION_BATCH):
+                    rows = order[start : start + EVALUATION_BATCH]
+                    batch = self._task.batch(data, rows, self.device)
+                    self._task.outputs(self.module, batch)
+        finally:
+            hook.remove()
+        features = torch.cat(captured).float().numpy()
+        restored = np.empty_like(features)
+        restored[order] = features
+        return restored
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._settings.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU; a device that is not there is a `ConfigError`."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.device = {name}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "use train.device=auto or cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("train.device = mps: not available on this machine; use auto or cpu")
+    return device
+
+
+def _optimizer(parameter: nn.Parameter, settings: TorchSettings) -> torch.optim.Optimizer:
+    # The learning rate is set before each step; lr=0 here only fills the argument.
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD([parameter], lr=0.0, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW([parameter], lr=0.0, weight_decay=settings.weight_decay)

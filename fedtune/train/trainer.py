@@ -1,0 +1,89 @@
+"""What a round needs of anything that can train: the `Trainer` protocol and its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.types import Float32Vector, Manifest
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """Local training of one client in one round.
+
+    `batches` yields row indices of one optimizer step each; a generator, so that a plan of
+    many steps takes no memory. `learning_rates` has one value per step.
+    """
+
+    batches: Iterator[NDArray[np.int64]]
+    learning_rates: Iterator[float]
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """The trained adapter (float32, manifest order), mean loss over the steps, seconds."""
+
+    adapter: Float32Vector
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model did on a test set of `examples` rows.
+
+    `predictions` and `labels` are int64 `[examples]`, in the order of the data set; both are
+    empty for a task without classes, and `correct` is then 0.
+    """
+
+    examples: int
+    loss_sum: float
+    correct: int
+    predictions: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per example."""
+        return self.loss_sum / self.examples
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers, or None for a task without classes."""
+        return self.correct / self.examples if len(self.labels) else None
+
+
+class Dataset(Protocol):
+    """Rows that a trainer prepared; `lengths` (int64 `[n]`) is each row's cost, for bucketing."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+    def select(self, rows: NDArray[np.int64]) -> Self:
+        """The data set of these rows."""
+
+    def concatenate(self, others: Sequence[Self]) -> Self:
+        """These rows and then those of `others`."""
+
+
+class Trainer(Protocol):
+    """Trains an adapter on prepared data. One instance serves any number of clients."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def base_digest(self) -> str: ...
+
+    def train(self, adapter: Float32Vector, data: Dataset, plan: LocalPlan) -> LocalResult:
+        """Train from `adapter`; raises `TrainingError` when the loss is not finite."""
+
+    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
+        """Evaluate `adapter` on all rows of `data`."""

@@ -1,0 +1,1 @@
+"""What travels: the messages of `proto/fedtune/v1`, encoded, decoded strictly and bounded."""
