@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -34,35 +34,33 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 )
 def simulate(
     preset: Annotated[
-        Optional[str], typer.Option(help="A packaged configuration.", show_default="hospitals")
+        str | None, typer.Option(help="A packaged configuration.", show_default="hospitals")
     ] = None,
     config: Annotated[
-        Optional[Path], typer.Option(help="A federation.toml instead of a preset.")
+        Path | None, typer.Option(help="A federation.toml instead of a preset.")
     ] = None,
     data: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="A folder with one sub-folder per client, or one file to divide."),
     ] = None,
     base: Annotated[
-        Optional[str], typer.Option(help="Base model: a Hugging Face folder or hub id.")
+        str | None, typer.Option(help="Base model: a Hugging Face folder or hub id.")
     ] = None,
     partition: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="iid, dirichlet:ALPHA, column:NAME or shards:N."),
     ] = None,
-    clients: Annotated[Optional[int], typer.Option(help="Number of clients.")] = None,
-    rounds: Annotated[Optional[int], typer.Option(help="Number of rounds.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of all that is random.")] = None,
+    clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all that is random.")] = None,
     settings: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Set any configuration key."),
     ] = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="The run folder to make.", show_default="runs/NAME")
+        Path | None, typer.Option(help="The run folder to make.", show_default="runs/NAME")
     ] = None,
-    resume: Annotated[
-        Optional[Path], typer.Option(help="Continue the run in this folder.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     references: Annotated[
         bool,
         typer.Option(
@@ -76,7 +74,7 @@ def simulate(
         typer.Option("--wire", help="Pass every message through Flower's network format."),
     ] = False,
     workers: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(
             min=0,
             help="Processes that train clients; 0: none besides this one.",
@@ -121,9 +119,9 @@ def evaluate(
     debug: DebugFlag = False,
 ) -> None:
     """Evaluate the adapter of a run on a file."""
-    from fedtune.simulation import commands
+    from fedtune.simulation import results
 
-    raise typer.Exit(commands.evaluate(run, data, text_column, label_column, as_json))
+    raise typer.Exit(results.evaluate(run, data, text_column, label_column, as_json))
 
 
 @app.command(epilog="Examples:  fedtune export runs/hospitals --format merged --out model/")
@@ -137,9 +135,9 @@ def export(
     debug: DebugFlag = False,
 ) -> None:
     """Write the model of a run in another form."""
-    from fedtune.simulation import commands
+    from fedtune.simulation import results
 
-    raise typer.Exit(commands.export(run, out, kind))
+    raise typer.Exit(results.export(run, out, kind))
 
 
 @app.command(epilog="Examples:  fedtune report runs/hospitals")

@@ -1,6 +1,6 @@
 """Generate `fedtune/wire/v1` from `proto/`; `tests/packaging` proves that they are in sync.
 
-    python scripts/generate_wire.py [OUTPUT_FOLDER]
+python scripts/generate_wire.py [OUTPUT_FOLDER]
 """
 
 from __future__ import annotations

@@ -18,6 +18,16 @@ from fedtune.errors import BaseModelError
 Pooling = Literal["mean", "cls"]
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: it prefers no label before it has seen one."""
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to zero."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class EncoderClassifier(nn.Module):
     """Logits `[batch, labels]` from token ids and mask, both `[batch, tokens]`.
 
@@ -25,12 +35,14 @@ class EncoderClassifier(nn.Module):
     their features are linearly separable from the first step.
     """
 
+    config: Any  # peft reads the architecture's name from it
+
     def __init__(self, encoder: nn.Module, labels: int, pooling: Pooling = "mean") -> None:
         super().__init__()
         self.encoder = encoder
-        self.config: Any = encoder.config  # peft reads the architecture's name from it
+        self.config = encoder.config
         self.pooling = pooling
-        self.classifier = nn.Linear(int(self.config.hidden_size), labels)
+        self.classifier = ZeroLinear(int(self.config.hidden_size), labels)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Class logits, float32 `[batch, labels]`."""
@@ -70,9 +82,10 @@ class BaseModel:
     @property
     def max_tokens(self) -> int:
         """The longest text that the encoder has positions for."""
-        positions = getattr(self.encoder.config, "max_position_embeddings", None)
+        config: Any = self.encoder.config
+        positions = getattr(config, "max_position_embeddings", None)
         # RoBERTa and its kin start counting positions after the padding id.
-        offset = 2 if "roberta" in self.encoder.config.model_type else 0
+        offset = 2 if "roberta" in config.model_type else 0
         return int(positions) - offset if positions else 1 << 20
 
     def classifier(self, labels: int, pooling: Pooling = "mean") -> EncoderClassifier:

@@ -23,7 +23,7 @@ _DIRICHLET_ATTEMPTS = 11
 _ALPHA_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 
 
-def partition(  # noqa: PLR0917 - the short names are used by position, too
+def partition(
     labels: NDArray[np.int64],
     spec: PartitionSpec,
     clients: int,

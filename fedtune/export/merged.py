@@ -31,7 +31,7 @@ def export_merged(
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    merged: EncoderClassifier = attached.module.merge_and_unload()  # type: ignore[operator, assignment]  # peft's method
+    merged: EncoderClassifier = attached.module.merge_and_unload()  # type: ignore[operator]  # peft's method
     encoder, head = merged.encoder, merged.classifier
     names = dict(enumerate(passport.labels))
     encoder.config.id2label = names  # type: ignore[union-attr]  # a transformers model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from fedtune.flower import internals
 
@@ -111,7 +112,7 @@ class LocalGrid(Grid):
         for message in sent:
             internals.set_message_id(message, str(uuid.uuid4()))
         tasks = [
-            Task(place, KIND, lambda m=message: internals.message_to_bytes(m))  # type: ignore[misc]
+            Task(place, KIND, partial(internals.message_to_bytes, message))
             for place, message in enumerate(sent)
         ]
         for place, result in self._pool.run(tasks, timeout):

@@ -179,7 +179,7 @@ class FederatedFineTuning(Strategy):
 
 def _count(opened: ServerRound, client: str, message: Message) -> None:
     if message.has_error():
-        opened.fail(client, message.error.reason)
+        opened.fail(client, message.error.reason or "failed without a reason")
         return
     try:
         opened.receive(client, unwrap(message))

@@ -170,10 +170,12 @@ def traffic_charts(rounds: Sequence[RoundRecord]) -> tuple[Chart, ...]:
 
     def total(axes: Axes) -> None:
         unit, scale = _unit(sent[-1] + received[-1])
-        areas = [[value / scale for value in values] for values in (sent, received)]
-        colours = (COLOURS["blue"], COLOURS["green"])
-        axes.stackplot(numbers, *areas, labels=("up", "down"), colors=colours, alpha=0.85)
+        ups, downs = ([value / scale for value in values] for values in (sent, received))
+        # Bars, not areas: an area over a single round would be invisible.
+        axes.bar(numbers, ups, 0.8, color=COLOURS["blue"], label="up")
+        axes.bar(numbers, downs, 0.8, bottom=ups, color=COLOURS["green"], label="down")
         axes.set_ylabel(f"{unit} so far")
+        axes.grid(visible=False, axis="x")
         _round_axis(axes)
 
     last = f"{words.size(up[-1])} up and {words.size(down[-1])} down in round {numbers[-1]}."

@@ -69,9 +69,9 @@ def _tiles(summary: Summary) -> list[Tile]:
             "trained parameters",
         ),
         Tile(
-            "One round, one client",
-            f"{words.size(summary.bytes_up_per_client_round)} up",
-            f"{words.size(summary.bytes_down_per_client_round)} down",
+            "Upload",
+            words.size(summary.bytes_up_per_client_round),
+            f"per client and round; {words.size(summary.bytes_down_per_client_round)} down",
         ),
         Tile(
             "Traffic, all rounds",

@@ -8,9 +8,15 @@ from collections.abc import Sequence
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
-from rich.progress import TimeRemainingColumn
 from rich.text import Text
 
 from fedtune.report import words
@@ -174,9 +180,7 @@ class LiveProgress:
         self._live.stop()
 
     def _row(self, cells: Sequence[str]) -> str:
-        return " ".join(
-            f"{cell:>{width}}" for cell, width in zip(cells, self._WIDTHS, strict=True)
-        )
+        return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, self._WIDTHS, strict=True))
 
     def _print(self, text: str, style: str = "") -> None:
         # Text, not markup: a client may be called "[red]".

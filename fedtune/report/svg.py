@@ -21,7 +21,7 @@ COLOURS = {
     "green": "#008f68",
     "purple": "#aa4499",
 }
-_WIDTH = 6.0  # inches; the SVG scales, and this keeps its 11 points readable on a phone
+_WIDTH = 5.2  # inches; the SVG scales, and this keeps its 11 points readable on a phone
 _POINTS = 72
 _STYLE = {
     # Real text: it can be searched and read aloud, and the browser has the glyphs of any script.
@@ -44,7 +44,7 @@ _STYLE = {
 }
 
 
-def draw(paint: Callable[[Axes], None], height: float = 3.4) -> str:
+def draw(paint: Callable[[Axes], None], height: float = 3.1) -> str:
     """The SVG element of a figure with one pair of axes, filled by `paint`; `height` in inches."""
     import matplotlib.style
     from matplotlib.figure import Figure

@@ -104,7 +104,7 @@ def _reference_table(summary: Summary) -> Table:
     table.add_column("compared with")
     for title in ("accuracy", "loss", "time"):
         table.add_column(title, justify="right")
-    rows = [
+    rows: list[tuple[str, float | None, float | None, float]] = [
         (
             REFERENCE_WORDS.get(reference.name, words.printable(reference.name)),
             reference.accuracy,

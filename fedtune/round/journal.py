@@ -94,9 +94,7 @@ class Journal:
             )
             # Old states would be most of the file: round 0, the best and the last are kept.
             keep = [0, record.round, self._best() or 0]
-            self._db.execute(
-                "UPDATE rounds SET adapter = NULL WHERE round NOT IN (?, ?, ?)", keep
-            )
+            self._db.execute("UPDATE rounds SET adapter = NULL WHERE round NOT IN (?, ?, ?)", keep)
             self._db.execute("UPDATE rounds SET rule_state = NULL WHERE round < ?", [record.round])
 
     def records(self) -> list[RoundRecord]:

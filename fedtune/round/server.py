@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedtune.aggregate import OrderedSum, Rule, RuleState
-from fedtune.errors import TooFewClients
+from fedtune.errors import MalformedMessage, TooFewClients
 from fedtune.round.client import check_context
 from fedtune.types import Float32Vector, RoundContext
 from fedtune.update import UpdatePipeline
@@ -87,7 +87,7 @@ class ServerRound:
         check_context(reply.context, self.context)
         if reply.examples != self._examples[client]:
             # The weight was settled in the greeting; a client cannot grow its say in a round.
-            raise codec.MalformedMessage(
+            raise MalformedMessage(
                 f"{reply.examples} examples, but the greeting said {self._examples[client]}"
             )
         update = self.pipeline.decode(reply.update)
@@ -138,6 +138,6 @@ class ServerRound:
 
     def _require_pending(self, client: str) -> None:
         if client not in self._places:
-            raise codec.MalformedMessage(f"{client} is not in this round's cohort")
+            raise MalformedMessage(f"{client} is not in this round's cohort")
         if client in self._losses or client in self.failed:
-            raise codec.MalformedMessage(f"{client} has answered this round already")
+            raise MalformedMessage(f"{client} has answered this round already")

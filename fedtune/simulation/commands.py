@@ -1,22 +1,22 @@
-"""What the commands of the command line do; each returns an exit code."""
+"""What `fedtune simulate` and `fedtune report` do; neither needs torch to be refused."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from fedtune.config import Config, DEFAULT_PRESET, load_config, load_preset
+from fedtune.config import DEFAULT_PRESET, Config, load_config, load_preset
 from fedtune.errors import ConfigError, RunFolderError
 from fedtune.files import write_atomic
 from fedtune.records import RoundRecord, Summary
+from fedtune.report.html import render_html
 from fedtune.report.progress import make_progress
 from fedtune.report.tables import print_summary
-from fedtune.simulation.folder import ADAPTER, REPORT, SUMMARY, RunFolder, check_new, free_path
+from fedtune.simulation.folder import METRICS, REPORT, SUMMARY, RunFolder, check_new, free_path
 
 RUNS = Path("runs")
 # Keys of a preset that say how its own data is divided; other data is divided anew.
@@ -93,6 +93,20 @@ def simulate(request: SimulateRequest, as_json: bool) -> int:
     return 0
 
 
+def report(path: Path, as_json: bool) -> int:
+    """Print the tables of a run and write its report again; returns the exit code."""
+    try:
+        text = (path / SUMMARY).read_text(encoding="utf-8")
+        summary = Summary.from_json(json.loads(text))
+        lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+        records = [RoundRecord.from_json(json.loads(line)) for line in lines]
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: not the folder of a finished run: {error}") from error
+    write_atomic(path / REPORT, render_html(summary, records).encode())
+    _show(summary, path, as_json)
+    return 0
+
+
 def resolve_config(request: SimulateRequest) -> Config:
     """The configuration that the flags name; raises `ConfigError`."""
     if request.preset and request.config:
@@ -100,7 +114,9 @@ def resolve_config(request: SimulateRequest) -> Config:
     overrides = [*_overrides(request), *request.settings]
     if request.config:
         return load_config(request.config, overrides)
-    return load_preset(request.preset or DEFAULT_PRESET, overrides, OF_THE_DATA * bool(request.data))
+    return load_preset(
+        request.preset or DEFAULT_PRESET, overrides, OF_THE_DATA * bool(request.data)
+    )
 
 
 def _overrides(request: SimulateRequest) -> list[str]:
@@ -131,9 +147,7 @@ def _refuse_with_resume(request: SimulateRequest) -> None:
     }
     wrong = [flag for flag, value in given.items() if value is not None]
     if wrong:
-        raise ConfigError(
-            f"--resume continues a run as it was begun; leave out {', '.join(wrong)}"
-        )
+        raise ConfigError(f"--resume continues a run as it was begun; leave out {', '.join(wrong)}")
 
 
 def _name(request: SimulateRequest) -> str:

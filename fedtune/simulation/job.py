@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from fedtune.adapter.lora import AttachedAdapter, LoRA, attach_lora, target_names
+from fedtune.base.classifier import BaseModel
 from fedtune.config import Config, Train
 from fedtune.data import FederatedData, PartitionSpec, TextExamples, load_icd10, load_path
+from fedtune.errors import DataError
 from fedtune.round.client import ClientMachine
 from fedtune.round.federation import make_pipeline
-from fedtune.train.task import Task, TextClassification, TokenizedTexts, tokenize
+from fedtune.train.task import (
+    CustomTask,
+    Rows,
+    Task,
+    TextClassification,
+    TokenizedTexts,
+    class_targets,
+    tokenize,
+)
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
 from fedtune.train.trainer import Dataset
 
@@ -49,7 +62,7 @@ class Job:
     labels: tuple[str, ...]
     data_words: str
     warnings: tuple[str, ...]
-    base_folder: Path | None = None
+    has_classifier: bool = False  # whether it is an encoder with a linear head on top
 
     def trainer(self, plain: bool = False) -> TorchTrainer:
         """A trainer on the resident model."""
@@ -94,54 +107,123 @@ def load_data(config: Config) -> FederatedData:
     )
 
 
-def text_job(config: Config) -> Job:
-    """Text classification as the configuration describes it; raises `UsageError`."""
-    # Importing transformers takes seconds; wrong data is found before.
-    data = load_data(config)
-    from fedtune.base.classifier import BaseModel
+def text_job(config: Config, data: FederatedData | None = None) -> Job:
+    """Text classification as the configuration describes it; raises `UsageError`.
 
+    `data` stands in for what `config.data` names.
+    """
     torch.set_num_threads(1)  # a thread pool would not survive the fork; see `flower.pool`
-    base = BaseModel(config.base.path)
-    labels = len(data.labels)
-    settings = config.adapter
-    lora = LoRA(
-        settings.rank,
-        settings.alpha,
-        settings.dropout,
-        settings.targets,
-        also_train=("classifier",),
-    )
-    attached = attach_lora(base.classifier(labels, config.base.pooling), lora, config.seed)
-    pad_id = base.tokenizer.pad_token_id
-    adjusted = config.train.loss == "logit-adjusted"
-    max_length = min(config.base.max_length, base.max_tokens)
-
-    def prepare(examples: TextExamples) -> TokenizedTexts:
-        return tokenize(base.tokenizer, examples, max_length)
-
+    data = data or load_data(config)  # before the base model: wrong data is told sooner
+    if len(data.labels) < 2:
+        raise DataError(f"classification needs at least 2 labels; all rows have {data.labels[0]!r}")
+    model = TextModel(config, len(data.labels))
     return Job(
         config=config,
-        adapter=attached,
-        task=TextClassification(labels, pad_id or 0, adjusted),
-        plain_task=TextClassification(labels, pad_id or 0),
+        adapter=model.adapter,
+        task=model.task(config.train.loss == "logit-adjusted"),
+        plain_task=model.task(),
         base_name=config.base.path,
-        base_digest=base.digest,
-        adapter_words=f"LoRA r={lora.rank} on {', '.join(target_names(attached))} + classifier",
+        base_digest=model.base.digest,
+        adapter_words=f"LoRA r={config.adapter.rank} on "
+        f"{', '.join(target_names(model.adapter))} + classifier",
         clients=tuple(
             JobClient(
                 client.name,
-                prepare(client.train),
-                prepare(client.test) if client.test and len(client.test) else None,
-                np.bincount(client.train.labels, minlength=labels),
+                model.prepare(client.train),
+                model.prepare(client.test) if client.test else None,
+                np.bincount(client.train.labels, minlength=len(data.labels)),
             )
             for client in data.clients
         ),
-        test=prepare(data.test) if data.test and len(data.test) else None,
+        test=model.prepare(data.test) if data.test else None,
         labels=data.labels,
         data_words=data.source,
         warnings=data.warnings,
-        base_folder=base.folder,
+        has_classifier=True,
     )
+
+
+class TextModel:
+    """A text classifier in memory: base, adapter and tokenizer as the configuration says."""
+
+    def __init__(self, config: Config, labels: int) -> None:
+        """Load it for `labels` labels; raises `BaseModelError` or `ConfigError`."""
+        self.base = BaseModel(config.base.path)
+        settings = config.adapter
+        lora = LoRA(
+            settings.rank,
+            settings.alpha,
+            settings.dropout,
+            settings.targets,
+            also_train=("classifier",),
+        )
+        module = self.base.classifier(labels, config.base.pooling)
+        self.adapter = attach_lora(module, lora, config.seed)
+        self._labels = labels
+        self._max_length = min(config.base.max_length, self.base.max_tokens)
+
+    def task(self, logit_adjusted: bool = False) -> TextClassification:
+        """The task for these labels."""
+        pad_id = self.base.tokenizer.pad_token_id or 0
+        return TextClassification(self._labels, pad_id, logit_adjusted)
+
+    def prepare(self, examples: TextExamples) -> TokenizedTexts:
+        """The texts as the trainer takes them."""
+        return tokenize(self.base.tokenizer, examples, self._max_length)
+
+
+def custom_job(
+    config: Config,
+    module: nn.Module,
+    lora: LoRA,
+    clients: Sequence[tuple[str, Sequence[Any], Sequence[Any] | None]],
+    test: Sequence[Any] | None,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+) -> Job:
+    """A user's own module, rows and loss; `clients` are (name, training rows, test rows)."""
+    torch.set_num_threads(1)
+    base_digest = digest_module(module)
+    attached = attach_lora(module, lora, config.seed)
+    task = CustomTask(loss)
+    targets = [class_targets(rows) for _, rows, _ in clients]
+    labels = 1 + max((int(found.max()) for found in targets if len(found)), default=-1)
+    if any(len(found) and found.min() < 0 for found in targets):
+        raise DataError("class targets must be 0 or more")
+    words = [f"LoRA r={lora.rank} on {', '.join(target_names(attached))}", *lora.also_train]
+    return Job(
+        config=config,
+        adapter=attached,
+        task=task,
+        plain_task=task,
+        base_name=type(module).__name__,
+        base_digest=base_digest,
+        adapter_words=" + ".join(words),
+        clients=tuple(
+            JobClient(
+                name,
+                Rows(rows),
+                Rows(own) if own is not None and len(own) else None,
+                np.bincount(found, minlength=labels),
+            )
+            for (name, rows, own), found in zip(clients, targets, strict=True)
+        ),
+        test=Rows(test) if test is not None and len(test) else None,
+        labels=tuple(str(label) for label in range(labels)),
+        data_words=f"own data of {len(clients)} clients",
+        warnings=(),
+    )
+
+
+def digest_module(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(
+            value.view(torch.uint8).numpy().tobytes() if value.ndim else str(value).encode()
+        )
+    return digest.hexdigest()
 
 
 def all_training_rows(clients: Sequence[JobClient]) -> Dataset:

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from torch.nn import functional
 from fedtune.errors import JobError
 from fedtune.flower.pool import Failed, Pool, Task
 from fedtune.simulation.job import Job, all_training_rows
+from fedtune.simulation.packing import pack_evaluation, unpack_evaluation
 from fedtune.train.batches import client_rng, learning_rate, plan_batches
+from fedtune.train.task import TokenizedTexts
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan
 from fedtune.types import Float32Vector
 
@@ -48,13 +51,13 @@ def run_references(
     """
     # The longest first: it decides when all are done.
     names = ["centralized", *(f"alone:{place}" for place in range(len(job.clients)))]
-    if job.base_folder is not None:
+    if job.has_classifier:
         names.append("linear-head")
 
     def payload(name: str) -> bytes:
         return name.encode() + b"\n" + initial.tobytes()
 
-    tasks = [Task(i, "reference", lambda n=name: payload(n)) for i, name in enumerate(names)]  # type: ignore[misc]
+    tasks = [Task(place, "reference", partial(payload, name)) for place, name in enumerate(names)]
     results: dict[str, ReferenceResult] = {}
     progress("references", 0, len(tasks))
     for key, result in pool.run(tasks):
@@ -138,12 +141,14 @@ def _train(
 def _train_linear_head(job: Job) -> ReferenceResult:
     started = time.perf_counter()
     data, test = all_training_rows(job.clients), _evaluation_set(job, None)
+    if not isinstance(data, TokenizedTexts) or not isinstance(test, TokenizedTexts):
+        raise JobError("a linear head is a reference for texts only")
     trainer = job.trainer(plain=True)
     device = trainer.device
     features, test_features = (
         torch.from_numpy(trainer.features(rows)).to(device) for rows in (data, test)
     )
-    labels, test_labels = (torch.from_numpy(job.task.labels(d)).to(device) for d in (data, test))
+    labels, test_labels = (torch.from_numpy(rows.labels).to(device) for rows in (data, test))
     budget, batch = sample_steps(job, _cohort(job)), min(256, len(data))
     steps = max(1, budget // batch)
     with torch.random.fork_rng(devices=[]):
@@ -162,31 +167,17 @@ def _train_linear_head(job: Job) -> ReferenceResult:
         logits = head(test_features)
         loss_sum = float(functional.cross_entropy(logits, test_labels, reduction="sum"))
         predictions = logits.argmax(-1).cpu().numpy()
-    right = job.task.labels(test)
-    evaluation = Evaluation(
-        len(test), loss_sum, int((predictions == right).sum()), predictions, right
-    )
+    correct = int((predictions == test.labels).sum())
+    evaluation = Evaluation(len(test), loss_sum, correct, predictions, test.labels)
     return ReferenceResult(evaluation, time.perf_counter() - started, steps * batch)
 
 
 def _pack(result: ReferenceResult) -> bytes:
-    found = result.evaluation
-    header = {
-        "seconds": result.seconds,
-        "sample_steps": result.sample_steps,
-        "loss_sum": found.loss_sum,
-        "examples": found.examples,
-        "correct": found.correct,
-    }
-    arrays = np.concatenate([found.predictions, found.labels]).astype(np.int64)
-    return json.dumps(header).encode() + b"\n" + arrays.tobytes()
+    header = json.dumps([result.seconds, result.sample_steps])
+    return header.encode() + b"\n" + pack_evaluation(result.evaluation)
 
 
 def _unpack(data: bytes) -> ReferenceResult:
-    header, _, arrays = data.partition(b"\n")
-    value = json.loads(header)
-    predictions, labels = np.split(np.frombuffer(arrays, np.int64), 2)
-    evaluation = Evaluation(
-        value["examples"], value["loss_sum"], value["correct"], predictions, labels
-    )
-    return ReferenceResult(evaluation, value["seconds"], value["sample_steps"])
+    header, _, evaluation = data.partition(b"\n")
+    seconds, steps = json.loads(header)
+    return ReferenceResult(unpack_evaluation(evaluation), seconds, steps)

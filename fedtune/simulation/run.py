@@ -6,13 +6,13 @@ import importlib.metadata
 import resource
 import secrets
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from flwr.serverapp import Grid
 
 from fedtune.errors import JobError, RunFolderError
 from fedtune.export.peft_folder import Passport, write_adapter
@@ -67,7 +67,7 @@ def create_run(job: Job, path: Path, references: bool) -> RunFolder:
 
 
 def check_same_job(job: Job, run: RunFolder) -> None:
-    """Raise `RunFolderError` if base model, data or configuration are not what the run began with."""
+    """Raise `RunFolderError` if base, data or configuration are not what the run began with."""
     identity = run.journal.identity()
     for key, now in _digests(job).items():
         if identity.get(key) != now:
@@ -88,12 +88,15 @@ class Simulation:
         options: Options,
         progress: Progress,
         on_round: Callable[[RoundRecord], None] | None = None,
+        grid: Grid | None = None,
     ) -> None:
+        """`grid` carries the messages; by default this machine's own workers answer them."""
         self._job = job
         self._run = run
         self._options = options
         self._progress = progress
         self._on_round = on_round
+        self._grid = grid
         self._references: dict[str, ReferenceResult] = {}
         self._final: dict[int, Evaluation] = {}
         self._refused: list[str] = []
@@ -105,7 +108,6 @@ class Simulation:
         A job that fails is in the outcome; its results so far are written too.
         """
         quiet()
-        self._started = time.perf_counter()
         self._run.rewrite_metrics()
         status: Status = "finished"
         error: JobError | None = None
@@ -153,7 +155,7 @@ class Simulation:
             return
         score = (lambda adapter: self._common_score(pool, adapter)) if job.test else None
         strategy = FederatedFineTuning(self._federation, self, score)
-        strategy.run(LocalGrid(pool, len(job.clients)), len(job.clients))
+        strategy.run(self._grid or LocalGrid(pool, len(job.clients)), len(job.clients))
 
     def _common_score(self, pool: Pool, adapter: Float32Vector) -> rounds.Score:
         if not self._federation.evaluates(self._federation.round + 1):
@@ -189,10 +191,8 @@ class Simulation:
         records = self._run.journal.records()
         summary = self._summary(status, records, error)
         peft_config, manifest = job.adapter.peft_config, job.adapter.manifest
-        write_adapter(
-            path / names.ADAPTER, manifest, state.adapter, peft_config,
-            self._passport(number, state.adapter),
-        )  # fmt: skip
+        passport = self._passport(number, state.adapter)
+        write_adapter(path / names.ADAPTER, manifest, state.adapter, peft_config, passport)
         write_json(path / names.SUMMARY, summary.to_json())
         write_atomic(path / names.REPORT, render_html(summary, records).encode())
         write_events(path / names.TENSORBOARD, records)
@@ -268,7 +268,9 @@ class Simulation:
     def _reference_records(self) -> tuple[Reference, ...]:
         alone = [r for name, r in self._references.items() if name.startswith("alone:")]
         found = [
-            Reference(name, r.evaluation.accuracy or 0.0, r.evaluation.loss, r.seconds, r.sample_steps)
+            Reference(
+                name, r.evaluation.accuracy or 0.0, r.evaluation.loss, r.seconds, r.sample_steps
+            )
             for name, r in self._references.items()
             if not name.startswith("alone:")
         ]

@@ -95,18 +95,18 @@ class TorchTrainer:
         """Evaluate in batches of similar length; no gradient is kept."""
         self._adapter.write(adapter)
         module = self._adapter.module.eval()
-        labels = self._task.labels(data)
-        predictions = np.full(len(labels), -1, np.int64)
         order = np.argsort(data.lengths, kind="stable")
+        batches = range(0, len(order), EVALUATION_BATCH)
         loss_sum = 0.0
+        predictions, labels = np.empty(0, np.int64), np.empty(0, np.int64)
         with torch.inference_mode(), self._autocast():
-            for start in range(0, len(order), EVALUATION_BATCH):
+            for start in batches:
                 rows = order[start : start + EVALUATION_BATCH]
-                batch = self._task.batch(data, rows, self.device)
-                loss, predicted = self._task.outputs(module, batch)
-                loss_sum += float(loss)
-                if predicted is not None and len(labels):
-                    predictions[rows] = predicted
+                found = self._task.outputs(module, self._task.batch(data, rows, self.device))
+                loss_sum += float(found.loss_sum)
+                if found.predictions is not None and found.labels is not None:
+                    predictions = np.concatenate([predictions, found.predictions])
+                    labels = np.concatenate([labels, found.labels])
         correct = int((predictions == labels).sum())
         return Evaluation(len(data), loss_sum, correct, predictions, labels)
 
@@ -116,7 +116,7 @@ class TorchTrainer:
         head = self.module.get_submodule("base_model.model.classifier")
         hook = head.register_forward_pre_hook(lambda _module, args: captured.append(args[0].cpu()))
         order = np.argsort(data.lengths, kind="stable")
-        disable: Any = self.module.disable_adapter  # type: ignore[operator]  # peft's method
+        disable: Any = self.module.disable_adapter  # peft's method
         try:
             with torch.inference_mode(), disable():
                 self.module.eval()

@@ -37,8 +37,8 @@ class LocalResult:
 class Evaluation:
     """What a model did on a test set of `examples` rows.
 
-    `predictions` and `labels` are int64 `[examples]`, in the order of the data set; both are
-    empty for a task without classes, and `correct` is then 0.
+    `predictions` and `labels` are int64 `[examples]`, in one order; both are empty for a task
+    without classes, and `correct` is then 0.
     """
 
     examples: int

@@ -21,6 +21,7 @@ def unique(count):
         ({"a": 100, "b": 50}, 0.2, {"a": 20, "b": 10}),
         ({"a": 10, "b": 10, "c": 10}, 0.1, {"a": 1, "b": 1, "c": 1}),
         ({"a": 2}, 0.5, {"a": 1}),
+        ({"a": 100}, 0.29, {"a": 29}),  # although 0.29 * 100 < 29 in floating point
         ({"a": 4, "b": 1}, 0.5, {"a": 2}),  # b keeps its only row
         ({"a": 3, "b": 2}, 0.99, {"a": 2, "b": 1}),  # and everyone the last one
     ],

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fedtune.data import PartitionSpec, icd10_cache, label_counts, load_icd10
+from fedtune.data import PartitionSpec, icd10_cache, icd10_corpus, label_counts, load_icd10
 from fedtune.data.icd10_corpus import short_name
 from fedtune.errors import ConfigError, DataError
 
@@ -63,6 +63,24 @@ def test_no_category_in_two_sets_and_the_right_chapter(data):
         texts = [text for text, _ in rows if len(categories[text]) == 1]
         held.append({category for text in texts for category in categories[text]})
     train, validation, test = held
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+def test_a_text_of_several_categories_stays_in_one_set(monkeypatch):
+    # 200 categories that share a text with every neighbour and one with all others.
+    texts = {
+        ("1", f"C{i}"): ["everywhere", *(f"text {j}" for j in range(9 * i, 9 * i + 10))]
+        for i in range(200)
+    }
+    monkeypatch.setattr(icd10_corpus, "_read_package", lambda: (texts, {"1": "One", "2": "Few"}))
+    monkeypatch.setattr(icd10_corpus, "_MOST", {"train": 900, "validation": 300, "test": 300})
+    corpus = icd10_corpus.build_corpus("some version")
+    assert corpus.labels == ("One",)
+    train, validation, test = (
+        set(examples.texts) for examples in (corpus.train, corpus.validation, corpus.test)
+    )
     assert not train & validation
     assert not train & test
     assert not validation & test

@@ -95,7 +95,7 @@ REFUSALS = [  # rows, spec, clients, min_size, what the advice must name
     (10, "shards:2", 6, 1, "clients <= 5 or shards:1"),
     (9, "shards:5", 4, 1, "clients <= 1 or shards:2"),
     (10, "shards:20", 2, 1, "shards:5"),
-    (10, "shards:20", 20, 2, "shards:1 with clients = 5"),
+    (10, "shards:20", 20, 2, "shards:2 with clients = 5"),
     (12, "shards:1", 5, 3, "clients <= 4"),
     (40, "dirichlet:0.01", 6, 3, "dirichlet:"),
     (10, "dirichlet:1", 30, 1, "clients = "),

@@ -76,6 +76,11 @@ def cases(name: str, labels: list[int]) -> list[dict[str, object]]:
         for shards in (1, 2, 5):
             made = ShardPartitioner(clients, "label", shards, seed=seed)
             add(f"shards:{shards}", clients, seed, 1, made)
+    if name == "few":
+        # Rarely met, so that some seeds need the last attempt and some would need one more.
+        for seed in range(100, 160):
+            made = DirichletPartitioner(4, "label", 0.5, 2, seed=seed)
+            add("dirichlet:0.5", 4, seed, 2, made)
     return found
 
 

@@ -1,0 +1,17 @@
+"""One file of labelled texts, for a model whose labels are settled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedtune.data.examples import TextExamples
+from fedtune.data.rows import Columns, read_rows, require_rows
+
+
+def load_examples(
+    path: Path, labels: Sequence[str], text_column: str = "text", label_column: str = "label"
+) -> TextExamples:
+    """The rows of the file at `path`; raises `DataError`, also for a label not in `labels`."""
+    rows = require_rows(read_rows(path, Columns(text_column, label_column)))
+    return rows.encode({label: place for place, label in enumerate(labels)})

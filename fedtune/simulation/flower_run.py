@@ -1,0 +1,75 @@
+"""The same simulation inside Flower's own runtime: what `flwr run .` starts.
+
+Flower's simulation engine holds the clients in Ray actors and carries the messages; job,
+strategy, rounds and results are those of `fedtune simulate`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.config import Config
+from fedtune.flower.client_app import make_client_app
+from fedtune.report.progress import make_progress
+from fedtune.round.client import ClientMachine
+from fedtune.simulation.commands import SimulateRequest, resolve_config
+from fedtune.simulation.folder import check_new, free_path
+from fedtune.simulation.job import Job, text_job
+from fedtune.simulation.run import Options, Simulation, create_run
+
+
+def server_app() -> ServerApp:
+    """A server app that runs the simulation of the app's run configuration."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config = _config(context.run_config)
+        given = str(context.run_config.get("out", ""))
+        out = Path(given) if given else free_path(Path("runs"), "flower")
+        check_new(out)
+        job = text_job(config)
+        run = create_run(job, out, references=False)
+        progress = make_progress()
+        progress.started([f"{len(job.clients)} clients on Flower's engine"], config.rounds.count)
+        # Evaluation in this process: the workers here are Flower's.
+        outcome = Simulation(job, run, Options(workers=0), progress, grid=grid).execute()
+        if outcome.error:
+            raise outcome.error
+
+    return app
+
+
+def client_app() -> ClientApp:
+    """A client app that is the client of its node's partition."""
+    return make_client_app(_machine, disclose_errors=True)
+
+
+def _machine(context: Context) -> ClientMachine:
+    items = tuple(sorted((key, str(value)) for key, value in context.run_config.items()))
+    return _job(items).machine(int(context.node_config["partition-id"]))
+
+
+@lru_cache(maxsize=1)
+def _job(run_config: tuple[tuple[str, str], ...]) -> Job:
+    """One resident base model per actor process."""
+    return text_job(_config(dict(run_config)))
+
+
+def _config(run_config: Mapping[str, object]) -> Config:
+    """`config` names a file, else `preset` a preset; `set` has overrides as in a shell."""
+    path = str(run_config.get("config", ""))
+    return resolve_config(
+        SimulateRequest(
+            preset=None if path else str(run_config.get("preset", "hospitals")),
+            config=Path(path) if path else None,
+            settings=tuple(shlex.split(str(run_config.get("set", "")))),
+        )
+    )

@@ -1,0 +1,168 @@
+"""What several rooms' tests share: a real base model, a small real federation, real processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from fedtune.adapter.lora import AttachedAdapter
+    from fedtune.base.classifier import BaseModel, EncoderClassifier
+    from fedtune.config import Config
+    from fedtune.round.client import ClientMachine
+    from fedtune.train.torch_trainer import TorchTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The machine's load decides how long an example takes, so no deadline for a single one.
+settings.register_profile("fedtune", deadline=None, max_examples=60)
+settings.load_profile("fedtune")
+
+RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the repository under test."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def child_environment() -> dict[str, str]:
+    """The environment of a child process that imports this very tree."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def run_python(child_environment: dict[str, str]) -> RunPython:
+    """Run Python code in a child process; its output is text."""
+
+    def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=child_environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def minilm() -> BaseModel:
+    """The packaged MiniLM. Never attach an adapter to its own encoder: see `fresh_classifier`."""
+    import torch
+
+    from fedtune.base.classifier import BaseModel
+
+    torch.set_num_threads(1)
+    return BaseModel("all-MiniLM-L6-v2")
+
+
+@pytest.fixture(scope="session")
+def fresh_classifier(minilm: BaseModel) -> Callable[..., EncoderClassifier]:
+    """A classifier over a copy of MiniLM, because peft changes a module in place."""
+    from fedtune.base.classifier import EncoderClassifier
+
+    def make(labels: int = 3, pooling: Any = "mean") -> EncoderClassifier:
+        return EncoderClassifier(copy.deepcopy(minilm.encoder), labels, pooling)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Short texts of many lengths."""
+    words = ["fracture", "of", "the", "left", "femur", "acute", "renal", "failure", "with", "sepsis"]
+    rng = np.random.default_rng(5)
+    return [" ".join(rng.choice(words, 1 + i % 17)) for i in range(80)]
+
+
+@dataclass(frozen=True)
+class SmallFederation:
+    """A federation over a linear model of 4 inputs, 3 classes: real trainer, real adapter."""
+
+    config: Config
+    attached: AttachedAdapter
+    trainer: TorchTrainer
+    machines: list[ClientMachine]
+    examples: list[int]
+
+
+@pytest.fixture(scope="session")
+def small_federation() -> Callable[..., SmallFederation]:
+    """Make a small federation; `overrides` are config overrides, `sizes` the clients' rows."""
+    import torch
+    from torch import nn
+
+    from fedtune.adapter.lora import LoRA, attach_lora
+    from fedtune.config import parse_config
+    from fedtune.round.client import ClientMachine
+    from fedtune.round.federation import make_pipeline
+    from fedtune.simulation.job import torch_settings
+    from fedtune.train.task import CustomTask, Rows
+    from fedtune.train.torch_trainer import TorchTrainer
+
+    torch.set_num_threads(1)
+
+    def make(*overrides: str, sizes: tuple[int, ...] = (7, 12, 5), tests: int = 6) -> Any:
+        defaults = ("train.steps=3", "train.batch-size=4", "rounds.count=3", "train.lr=0.05")
+        config = parse_config("", "test", [*defaults, *overrides])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            module = nn.Sequential()
+            module.add_module("inner", nn.Linear(4, 5))
+            module.add_module("head", nn.Linear(5, 3))
+        lora = LoRA(rank=2, alpha=4.0, targets=("inner",), also_train=("head",))
+        attached = attach_lora(module, lora, config.seed)
+        trainer = TorchTrainer(attached, CustomTask(), "ab" * 32, torch_settings(config.train))
+        rng = np.random.default_rng(3)
+
+        def rows(n: int) -> Rows:
+            inputs = rng.normal(size=(n, 4)).astype(np.float32)
+            return Rows([(torch.from_numpy(x), int(abs(x[0]) * 10) % 3) for x in inputs])
+
+        machines = [
+            ClientMachine(
+                f"client-{place}",
+                config,
+                trainer,
+                rows(n),
+                rows(tests) if tests else None,
+                make_pipeline(config.update, attached.manifest.size),
+            )
+            for place, n in enumerate(sizes)
+        ]
+        return SmallFederation(config, attached, trainer, machines, list(sizes))
+
+    return make
+
+
+@pytest.fixture
+def forked() -> Iterator[Callable[[Callable[[], None]], int]]:
+    """Run a function in a forked child and return its wait status; 0 when it simply returned."""
+
+    def run(function: Callable[[], None]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            status = 70
+            try:
+                function()
+                status = 0
+            finally:
+                os._exit(status)
+        return os.waitpid(pid, 0)[1]
+
+    yield run
