@@ -110,7 +110,7 @@ def small_federation() -> Callable[..., SmallFederation]:
     from fedtune.adapter.lora import LoRA, attach_lora
     from fedtune.config import parse_config
     from fedtune.round.client import ClientMachine
-    from fedtune.round.federation import make_pipeline
+    from fedtune.update import make_pipeline
     from fedtune.simulation.job import torch_settings
     from fedtune.train.task import CustomTask, Rows
     from fedtune.train.torch_trainer import TorchTrainer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from fedtune.config import Config
@@ -13,6 +11,7 @@ from fedtune.train.trainer import Dataset, LocalPlan, Trainer
 from fedtune.types import Float32Vector, RoundContext
 from fedtune.update import UpdatePipeline
 from fedtune.wire import codec
+from fedtune.wire.context import check_context
 
 
 class ClientMachine:
@@ -112,24 +111,3 @@ class ClientMachine:
         rng = client_rng(self._config.seed, round_number, self.name)
         batches = plan_batches(self._train_data.lengths, train.steps, train.batch_size, rng)
         return LocalPlan(batches, (lr for _ in range(train.steps)))
-
-
-def check_context(actual: RoundContext, expected: RoundContext) -> None:
-    """Raise `ContextMismatch`, naming the first field that differs."""
-    if actual == expected:
-        return
-    for name, words in _FIELDS.items():
-        theirs, ours = getattr(actual, name), getattr(expected, name)
-        if replace(expected, **{name: theirs}) != expected:
-            raise ContextMismatch(
-                f"the other side has another {words}: {str(theirs)[:12]}, here {str(ours)[:12]}"
-            )
-
-
-_FIELDS = {
-    "run_id": "run",
-    "round": "round",
-    "base_digest": "base model",
-    "manifest_digest": "adapter manifest",
-    "config_digest": "configuration",
-}

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedtune.aggregate import AdamRule, MomentumRule, Rule
-from fedtune.config import Aggregate, Config, Update
+from fedtune.config import Aggregate, Config
 from fedtune.errors import ContextMismatch, TooFewClients
 from fedtune.records import RoundRecord
-from fedtune.round.client import check_context
 from fedtune.round.journal import Journal
 from fedtune.round.server import Member, ServerRound, draw_cohort, minimum_clients
 from fedtune.types import Float32Vector, Manifest, RoundContext
-from fedtune.update import HalfPrecision, UpdatePipeline
+from fedtune.update import make_pipeline
 from fedtune.wire import codec
+from fedtune.wire.context import check_context
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,6 @@ def make_rule(aggregate: Aggregate) -> Rule:
             aggregate.server_epsilon,
         )
     return MomentumRule(aggregate.server_lr, aggregate.server_momentum)
-
-
-def make_pipeline(update: Update, size: int) -> UpdatePipeline:
-    """The update steps that the configuration names, for an adapter of `size` values."""
-    return UpdatePipeline(size, [HalfPrecision()] if update.compress == "float16" else [])
 
 
 class Federation:

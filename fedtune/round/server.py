@@ -9,10 +9,10 @@ import numpy as np
 
 from fedtune.aggregate import OrderedSum, Rule, RuleState
 from fedtune.errors import MalformedMessage, TooFewClients
-from fedtune.round.client import check_context
 from fedtune.types import Float32Vector, RoundContext
 from fedtune.update import UpdatePipeline
 from fedtune.wire import codec
+from fedtune.wire.context import check_context
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from fedtune.config import Config, Train
 from fedtune.data import FederatedData, PartitionSpec, TextExamples, load_icd10, load_path
 from fedtune.errors import DataError
 from fedtune.round.client import ClientMachine
-from fedtune.round.federation import make_pipeline
 from fedtune.train.task import (
     CustomTask,
     Rows,
@@ -31,6 +30,7 @@ from fedtune.train.task import (
 )
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
 from fedtune.train.trainer import Dataset
+from fedtune.update import make_pipeline
 
 PACKAGED_DATA = "icd10"
 DEFAULT_CLIENTS = 8

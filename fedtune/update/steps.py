@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.config import Update
 from fedtune.errors import MalformedMessage, TrainingError
 from fedtune.types import Float32Vector
 
@@ -81,3 +82,8 @@ class UpdatePipeline:
         for step in reversed(self._steps):
             vector = step.backward(vector)
         return vector.astype(np.float32, copy=False)
+
+
+def make_pipeline(update: Update, size: int) -> UpdatePipeline:
+    """The update steps that the configuration names, for an adapter of `size` values."""
+    return UpdatePipeline(size, [HalfPrecision()] if update.compress == "float16" else [])
