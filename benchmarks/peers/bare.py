@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from peers.job import CORES, Job, Stopwatch
 from peers.learning import (
     Corpus,
@@ -21,7 +23,6 @@ from peers.learning import (
     set_state,
     train,
 )
-from torch import nn
 
 WeightedSum = tuple[State, int]
 

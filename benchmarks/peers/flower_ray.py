@@ -24,6 +24,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
+from torch import nn
+
 from peers.job import CORES, MAX_TOKENS, Job, Stopwatch, read_job
 from peers.learning import (
     Corpus,
@@ -35,7 +37,6 @@ from peers.learning import (
     set_state,
     train,
 )
-from torch import nn
 
 client_app = ClientApp()
 

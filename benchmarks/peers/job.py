@@ -62,7 +62,7 @@ class Job:
 
     def client_names(self) -> list[str]:
         """Everybody, in order; names decide the batches."""
-        return sorted(os.listdir(self.data))
+        return sorted(folder.name for folder in self.data.iterdir())
 
     def rows_of(self, client: str) -> tuple[list[str], list[int]]:
         """Texts and labels of one client."""

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peers.job import ALPHA, MAX_TOKENS, RANK, TARGETS, Job
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from fedtune.base.classifier import EncoderClassifier
+from peers.job import ALPHA, MAX_TOKENS, RANK, TARGETS, Job
 
 Batch = tuple[Tensor, Tensor, Tensor]
 State = dict[str, Tensor]

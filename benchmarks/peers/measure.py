@@ -123,10 +123,10 @@ def _kilobytes(text: str, key: str) -> int:
 
 def _descendants() -> list[int]:
     children: dict[int, list[int]] = {}
-    for entry in filter(str.isdecimal, os.listdir("/proc")):
-        fields = _text(int(entry), "stat").rpartition(")")[2].split()
+    for pid in [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]:
+        fields = _text(pid, "stat").rpartition(")")[2].split()
         if fields:
-            children.setdefault(int(fields[1]), []).append(int(entry))
+            children.setdefault(int(fields[1]), []).append(pid)
     found, frontier = [], [os.getpid()]
     while frontier:
         frontier = [child for pid in frontier for child in children.get(pid, [])]

@@ -9,16 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers.job import CORES, Job, Stopwatch
-from peers.learning import (
-    Batch,
-    get_state,
-    initial_state,
-    load_corpus,
-    load_model,
-    load_tokenizer,
-    set_state,
-)
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
 from pfl.algorithm.base import NNAlgorithmParams
@@ -32,6 +22,17 @@ from pfl.metrics import Weighted
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
 
+from peers.job import CORES, Job, Stopwatch
+from peers.learning import (
+    Batch,
+    get_state,
+    initial_state,
+    load_corpus,
+    load_model,
+    load_tokenizer,
+    set_state,
+)
+
 
 class Module(nn.Module):
     """The classifier with the two methods that pfl asks for."""
@@ -44,7 +45,7 @@ class Module(nn.Module):
         """Mean cross-entropy of the batch."""
         return nn.functional.cross_entropy(self.net(ids, mask), labels)
 
-    def metrics(self, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Any]:  # noqa: ARG002
+    def metrics(self, _ids: Tensor, _mask: Tensor, _labels: Tensor) -> dict[str, Any]:
         """Nothing: pfl evaluates all clients before round 1, which is not part of the job."""
         return {"examples": Weighted(0, 1)}
 

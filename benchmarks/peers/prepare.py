@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import tomli_w
-from peers.job import ALPHA, MAX_TOKENS, RANK, TARGETS, Job, write_job
 from safetensors.numpy import save_file
 
 from fedtune.adapter.lora import LoRA, attach_lora
 from fedtune.base.classifier import BaseModel
 from fedtune.base.resolve import resolve_base
 from fedtune.data import PartitionSpec, load_icd10
+from peers.job import ALPHA, MAX_TOKENS, RANK, TARGETS, Job, write_job
 
 BASE = "all-MiniLM-L6-v2"
 SKEW = 0.3  # Dirichlet concentration of a client's labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
 from peers.job import CORES, SPAWNED, Job, write_job
 from peers.measure import Measured, measure
-from safetensors.numpy import load_file
 
 HERE = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
@@ -141,8 +143,6 @@ def _peer(path: str, job: Job, out: Path) -> list[str]:
 
 
 def _inherited() -> dict[str, str]:
-    import os
-
     return {**os.environ, **ENVIRONMENT}
 
 

@@ -77,6 +77,17 @@ class AttachedAdapter:
         with torch.no_grad():
             self.flat.copy_(torch.from_numpy(vector))
 
+    def train_mode(self) -> None:
+        """Adapter in training mode, base in evaluation mode.
+
+        The base is frozen: its dropout would only be noise, and its batch statistics are data
+        that must not be folded into what nobody uploads.
+        """
+        self.module.eval()
+        for name, child in self.module.named_modules():
+            if name.endswith(("lora_dropout", "modules_to_save")):
+                child.train()
+
     def zero_grad(self) -> None:
         """Set the gradient to zero in place: the views must stay views."""
         gradient = self.flat.grad

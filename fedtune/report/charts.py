@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedtune.records import RoundRecord, Summary
 from fedtune.report import words
 from fedtune.report.comparison import Comparison, largest
-from fedtune.report.records import RoundRecord, Summary
 from fedtune.report.svg import COLOURS, draw
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedtune.report.records import ClientSummary, Summary
+from fedtune.records import ClientSummary, Summary
 
 # How the references are called where people read; the linear head is the cheapest of all models.
 REFERENCE_WORDS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from fedtune.records import Reference, Summary
 from fedtune.report.comparison import compare
-from fedtune.report.records import Reference, Summary
 from fedtune.report.words import noun_of, percent, plural
 
 _NOTHING = 0.0005  # differences that would be shown as 0.0 points

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedtune.records import Summary
 from fedtune.report.comparison import largest
-from fedtune.report.records import Summary
 from fedtune.report.words import printable
 
 MOST_CLIENTS = 24

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedtune.records import RoundRecord, Summary
 from fedtune.report import charts, words
 from fedtune.report.comparison import REFERENCE_WORDS, compare
 from fedtune.report.headline import headline
 from fedtune.report.heatmap import heat_map
-from fedtune.report.records import RoundRecord, Summary
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -19,8 +19,8 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from fedtune.records import RoundRecord
 from fedtune.report import words
-from fedtune.report.records import RoundRecord
 
 REASON_WIDTH = 200  # a reason can be a whole traceback; metrics.jsonl keeps all of it
 

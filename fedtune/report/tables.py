@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.records import Summary
 from fedtune.report import words
 from fedtune.report.comparison import REFERENCE_WORDS, Pair, compare, largest
 from fedtune.report.headline import headline
-from fedtune.report.records import Summary
 
 MOST_CLIENTS = 40  # a longer table scrolls the headline away; the HTML report has all
 _NAME_WIDTH = 24

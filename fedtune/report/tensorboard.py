@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedtune.report.files import write_atomic
-from fedtune.report.records import RoundRecord
+from fedtune.files import write_atomic
+from fedtune.records import RoundRecord
 
 _PREFIX = "events.out.tfevents."
 
@@ -17,9 +17,10 @@ _PREFIX = "events.out.tfevents."
 def write_events(folder: Path, rounds: Sequence[RoundRecord]) -> Path:
     """Make `folder` hold exactly `rounds`, whatever it held before; the new file's path.
 
-    The file appears whole under a new, later name and then the older ones go. TensorBoard tells
-    files by name: so one that is open on the folder shows the new rounds too, which it would not
-    if the folder or an old name were replaced.
+    The file appears whole under a new, later name and then the older ones go; no reader ever
+    finds half a file or none. TensorBoard tells files by name: opened on the folder with its
+    default data server, it follows to the new file, which it would not if an old name were
+    replaced. (With `--load_fast=false` it shows the new rounds after a restart.)
     """
     # RecordWriter and the protos, not EventFileWriter: that one imports TensorFlow where there
     # is one, and writes from a thread of its own.
@@ -32,7 +33,8 @@ def write_events(folder: Path, rounds: Sequence[RoundRecord]) -> Path:
     # Records hold durations only; ending "now" makes TensorBoard's relative time axis right.
     clock = time.time() - sum(_seconds(record) for record in rounds)
     writer.write(Event(wall_time=clock, file_version="brain.Event:2").SerializeToString())
-    # "Started again at step 0": readers forget what they read from an older file.
+    # "Started again at step 0": readers forget what they read from an older file, also when a
+    # crash below left one behind.
     start = SessionLog(status=SessionLog.START)
     writer.write(Event(wall_time=clock, step=0, session_log=start).SerializeToString())
     for record in rounds:

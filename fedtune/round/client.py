@@ -6,7 +6,7 @@ import numpy as np
 
 from fedtune.config import Config
 from fedtune.errors import ContextMismatch, MalformedMessage, TrainingError
-from fedtune.train.batches import client_rng, learning_rate, plan_batches
+from fedtune.train.batches import client_rng, dropout_seed, learning_rate, plan_batches
 from fedtune.train.trainer import Dataset, LocalPlan, Trainer
 from fedtune.types import Float32Vector, RoundContext
 from fedtune.update import UpdatePipeline
@@ -110,4 +110,4 @@ class ClientMachine:
         )
         rng = client_rng(self._config.seed, round_number, self.name)
         batches = plan_batches(self._train_data.lengths, train.steps, train.batch_size, rng)
-        return LocalPlan(batches, (lr for _ in range(train.steps)))
+        return LocalPlan(batches, (lr for _ in range(train.steps)), dropout_seed(rng))

@@ -22,7 +22,7 @@ from fedtune.errors import JobError
 from fedtune.flower.pool import Failed, Pool, Task
 from fedtune.simulation.job import Job, all_training_rows
 from fedtune.simulation.packing import pack_evaluation, unpack_evaluation
-from fedtune.train.batches import client_rng, learning_rate, plan_batches
+from fedtune.train.batches import client_rng, dropout_seed, learning_rate, plan_batches
 from fedtune.train.task import TokenizedTexts
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan
 from fedtune.types import Float32Vector
@@ -131,7 +131,7 @@ def _train(
         for step in range(steps)
     )
     rng = client_rng(job.config.seed, 0, "reference")
-    plan = LocalPlan(plan_batches(data.lengths, steps, batch_size, rng), rates)
+    plan = LocalPlan(plan_batches(data.lengths, steps, batch_size, rng), rates, dropout_seed(rng))
     trainer = job.trainer(plain=True)
     result = trainer.train(initial, data, plan)
     evaluation = trainer.evaluate(result.adapter, test)

@@ -23,6 +23,11 @@ def client_rng(seed: int, round_number: int, client: str) -> np.random.Generator
     return np.random.default_rng([seed, round_number, name])
 
 
+def dropout_seed(rng: np.random.Generator) -> int:
+    """A seed that leaves the generator's own stream, and so the batches, as they were."""
+    return int(rng.spawn(1)[0].integers(2**63))
+
+
 def plan_batches(
     lengths: NDArray[np.int64], steps: int, batch_size: int, rng: np.random.Generator
 ) -> Iterator[NDArray[np.int64]]:

@@ -68,7 +68,8 @@ class TorchTrainer:
         started = time.perf_counter()
         attached, settings = self._adapter, self._settings
         attached.write(adapter)
-        attached.module.train()
+        attached.train_mode()
+        torch.manual_seed(plan.seed)
         optimizer = _optimizer(attached.flat, settings)
         losses = []
         for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):

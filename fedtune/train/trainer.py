@@ -17,11 +17,12 @@ class LocalPlan:
     """Local training of one client in one round.
 
     `batches` yields row indices of one optimizer step each; a generator, so that a plan of
-    many steps takes no memory. `learning_rates` has one value per step.
+    many steps takes no memory. `learning_rates` has one value per step. `seed` drives dropout.
     """
 
     batches: Iterator[NDArray[np.int64]]
     learning_rates: Iterator[float]
+    seed: int
 
 
 @dataclass(frozen=True)

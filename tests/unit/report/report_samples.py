@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedtune.report.records import ClientSummary, Reference, RoundRecord, Score, Summary
+from fedtune.records import ClientSummary, Reference, RoundRecord, Score, Summary
 
 CHAPTERS = (
     "Infectious diseases",

@@ -10,8 +10,8 @@ import pytest
 from report_samples import sample_rounds, sample_summary
 from rich.console import Console
 
+from fedtune.records import Summary
 from fedtune.report.progress import LiveProgress, PlainProgress, Progress, make_progress
-from fedtune.report.records import Summary
 from fedtune.report.tables import print_summary
 
 
@@ -114,7 +114,7 @@ def test_live_progress_keeps_a_row_per_round(monkeypatch: pytest.MonkeyPatch) ->
     rows = [line for line in lines if "/10 " in line]
     assert [row.split("/")[0].strip() for row in rows] == [str(n) for n in range(1, 11)]
     assert max(map(len, rows)) <= 80
-    assert rows[9].split() == "10/10 0.829 1.000 68.1 % 3.2 MB 3.2 MB 15 s 0.0 s".split()
+    assert " ".join(rows[9].split()) == "10/10 0.829 1.000 68.1 % 3.2 MB 3.2 MB 15 s 0.0 s"
     assert lines[lines.index(rows[3]) + 1] == "  warning: hospital-3 failed (out of memory)"
     assert lines[-1] == "note: [red]not markup[/red]"
 
@@ -140,8 +140,8 @@ def printed(summary: Summary, folder: Path) -> str:
 
 def test_summary_shows_each_client_within_80_columns(tmp_path: Path) -> None:
     text = printed(sample_summary(), tmp_path)
-    rows = [line.split() for line in text.splitlines() if line.startswith("hospital-")]
-    assert rows[0] == "hospital-1 371 17/21 68.1 % 67.5 % 50.0 % +17.5 0".split()
+    rows = [line.split() for line in text.splitlines() if line.startswith(" hospital-")]
+    assert " ".join(rows[0]) == "hospital-1 371 17/21 68.1 % 67.5 % 50.0 % +17.5 0"
     assert [row[-1] for row in rows] == ["0", "0", "1", "0", "0", "0", "0", "0"]
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "72.5 %" in text
@@ -166,8 +166,8 @@ def test_summary_names_what_exists_and_how_to_go_on(tmp_path: Path) -> None:
 
 def test_summary_trusts_no_name_and_stays_short(tmp_path: Path) -> None:
     summary = sample_summary(100)
-    evil = replace(summary.per_client[0], name="[red]x[/red]\x1b[2J", examples=10_000)
+    evil = replace(summary.per_client[0], name="[red]\x1b[2J", examples=10_000)
     text = printed(replace(summary, per_client=(evil, *summary.per_client[1:])), tmp_path)
-    assert "[red]x[/red]�[2J" in text
+    assert "[red]�[2J" in text
     assert "60 more" in text
     assert text.count("hospital-") <= 45

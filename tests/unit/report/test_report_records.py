@@ -12,7 +12,7 @@ import pytest
 from report_samples import REFERENCES, sample_clients, sample_rounds, sample_summary
 
 from fedtune.errors import RunFolderError
-from fedtune.report.records import Record, Reference, RoundRecord, Score, Summary
+from fedtune.records import Record, Reference, RoundRecord, Score, Summary
 
 RECORDS = [
     sample_rounds()[3],

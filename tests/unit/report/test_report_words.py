@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from report_samples import REFERENCES, sample_summary
 
+from fedtune.records import Score, Summary
 from fedtune.report import words
 from fedtune.report.comparison import compare, largest
 from fedtune.report.headline import headline
-from fedtune.report.records import Score, Summary
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_headline_counts_whom_it_helps(helped: int, verdict: str) -> None:
         ({"final": Score(4, math.nan, math.nan)}, "No accuracy", "nan"),
         ({"final": Score(10, 1.0, 0.8)}, "72.5 %, 7.5 points less", "linear head"),
         ({"final": Score(10, 1.0, 0.5)}, "linear head on the frozen base already", "less"),
-        ({"references": REFERENCES[2:]}, "a hospital alone reaches 27–47 %", "entralized"),
+        ({"references": REFERENCES[2:]}, "A hospital alone reaches 27–47 %", "entralized"),
         ({"per_client": ()}, "cannot be said", "helps 0"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.report.files import write_atomic, write_json
+from fedtune.files import write_atomic, write_json
 
 
 def test_new_content_replaces_old_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -16,7 +16,7 @@ def test_new_content_replaces_old_and_leaves_nothing_else(tmp_path: Path) -> Non
     for data in (b"one", b"", b"three" * 1000):
         write_atomic(path, data)
         assert path.read_bytes() == data
-        assert os.listdir(tmp_path) == ["a.bin"]
+        assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace"])
@@ -34,7 +34,7 @@ def test_a_failure_leaves_the_old_file(
         with pytest.raises(OSError, match="disk full"):
             write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.bin"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
