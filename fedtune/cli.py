@@ -188,3 +188,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("fedtune: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

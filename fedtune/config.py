@@ -97,7 +97,7 @@ class Train(_Table):
     """Examples per optimizer step."""
     lr: Positive = 2e-3
     """Learning rate of the first round."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls over the rounds (not within one)."""
     final_lr_fraction: float = Field(default=0.1, ge=0, le=1)
     """Learning rate of the last round as a fraction of `lr`, unless the schedule is constant."""

@@ -34,6 +34,9 @@ class Progress(Protocol):
     def round_running(self, round: int, done: int, total: int) -> None:
         """In `round`, `done` of `total` clients have answered."""
 
+    def references_running(self, done: int, total: int) -> None:
+        """Of the models to compare with, `done` of `total` are trained."""
+
     def round_done(self, record: RoundRecord, seconds_left: float | None) -> None:
         """A round ended; `seconds_left` is the estimate for the rest of the run."""
 
@@ -72,6 +75,11 @@ class PlainProgress:
 
     def round_running(self, round: int, done: int, total: int) -> None:
         """Nothing: a log wants results, not motion."""
+
+    def references_running(self, done: int, total: int) -> None:
+        """Say once that it takes a while."""
+        if not done and not self._quiet:
+            self._print(f"training {total} models to compare with")
 
     def round_done(self, record: RoundRecord, seconds_left: float | None) -> None:
         """Print the round, failed clients included, as one line that grep finds whole."""
@@ -123,7 +131,7 @@ class LiveProgress:
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("clients"),
+            TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
@@ -143,11 +151,11 @@ class LiveProgress:
 
     def round_running(self, round: int, done: int, total: int) -> None:
         """Move the bar of `round`."""
-        if self._task is None:
-            label = f"round {_of(round, self._planned)}"
-            self._task = self._live.add_task(label, total=total, completed=done)
-        else:
-            self._live.update(self._task, completed=done, total=total)
+        self._bar(f"round {_of(round, self._planned)}", done, total, "clients")
+
+    def references_running(self, done: int, total: int) -> None:
+        """Move the bar of the references."""
+        self._bar("to compare with", done, total, "models")
 
     def round_done(self, record: RoundRecord, seconds_left: float | None) -> None:
         """Replace the bar by the row of its round."""
@@ -178,6 +186,12 @@ class LiveProgress:
     def finished(self) -> None:
         """Take the live line away and give the cursor back."""
         self._live.stop()
+
+    def _bar(self, label: str, done: int, total: int, unit: str) -> None:
+        if self._task is None:
+            self._task = self._live.add_task(label, total=total, completed=done, unit=unit)
+        else:
+            self._live.update(self._task, completed=done, total=total)
 
     def _row(self, cells: Sequence[str]) -> str:
         return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, self._WIDTHS, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtune.config import DEFAULT_PRESET, Config, load_config, load_preset
-from fedtune.errors import ConfigError, RunFolderError
+from fedtune.errors import ConfigError, RunFolderError, UsageError
 from fedtune.files import write_atomic
 from fedtune.records import RoundRecord, Summary
 from fedtune.report.html import render_html
@@ -45,6 +46,7 @@ class SimulateRequest:
 
 def simulate(request: SimulateRequest, as_json: bool) -> int:
     """Run or continue a simulation and show it; raises `UsageError` before anything is written."""
+    _require_packages()
     progress = make_progress(quiet=as_json)
     if request.resume:
         _refuse_with_resume(request)
@@ -105,6 +107,13 @@ def report(path: Path, as_json: bool) -> int:
     write_atomic(path / REPORT, render_html(summary, records).encode())
     _show(summary, path, as_json)
     return 0
+
+
+def _require_packages() -> None:
+    """Raise `UsageError` now for what would be missing after hours of training."""
+    wanted = ("torch", "transformers", "peft", "jinja2", "matplotlib", "tensorboard")
+    if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"not installed: {', '.join(missing)}; pip install 'fedtune[simulate]'")
 
 
 def resolve_config(request: SimulateRequest) -> Config:

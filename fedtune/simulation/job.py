@@ -28,7 +28,7 @@ from fedtune.train.task import (
     class_targets,
     tokenize,
 )
-from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
+from fedtune.train.torch_trainer import TorchSettings, TorchTrainer, choose_device
 from fedtune.train.trainer import Dataset
 from fedtune.update import make_pipeline
 
@@ -113,6 +113,7 @@ def text_job(config: Config, data: FederatedData | None = None) -> Job:
     `data` stands in for what `config.data` names.
     """
     torch.set_num_threads(1)  # a thread pool would not survive the fork; see `flower.pool`
+    choose_device(config.train.device)  # a device that is not there is told before all else
     data = data or load_data(config)  # before the base model: wrong data is told sooner
     if len(data.labels) < 2:
         raise DataError(f"classification needs at least 2 labels; all rows have {data.labels[0]!r}")
@@ -182,6 +183,7 @@ def custom_job(
 ) -> Job:
     """A user's own module, rows and loss; `clients` are (name, training rows, test rows)."""
     torch.set_num_threads(1)
+    choose_device(config.train.device)
     base_digest = digest_module(module)
     attached = attach_lora(module, lora, config.seed)
     task = CustomTask(loss)

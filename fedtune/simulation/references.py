@@ -43,7 +43,7 @@ class ReferenceResult:
 
 
 def run_references(
-    pool: Pool, job: Job, initial: Float32Vector, progress: Callable[[str, int, int], None]
+    pool: Pool, job: Job, initial: Float32Vector, progress: Callable[[int, int], None]
 ) -> dict[str, ReferenceResult]:
     """`centralized`, `alone:PLACE` for each client and, for texts, `linear-head`.
 
@@ -59,12 +59,12 @@ def run_references(
 
     tasks = [Task(place, "reference", partial(payload, name)) for place, name in enumerate(names)]
     results: dict[str, ReferenceResult] = {}
-    progress("references", 0, len(tasks))
+    progress(0, len(tasks))
     for key, result in pool.run(tasks):
         if isinstance(result, Failed):
             raise JobError(f"reference {names[key]}: {result.reason}")
         results[names[key]] = _unpack(result)
-        progress("references", len(results), len(tasks))
+        progress(len(results), len(tasks))
     return results
 
 
@@ -76,7 +76,7 @@ def reference_handler(job: Job, payload: bytes) -> bytes:
     if kind == "alone":
         result = _train_alone(job, initial, int(place))
     elif kind == "centralized":
-        result = _train_centralized(job, initial)
+        result = train_centralized(job, initial, sample_steps(job, _cohort(job)))
     else:
         result = _train_linear_head(job)
     return _pack(result)
@@ -92,8 +92,8 @@ def _cohort(job: Job) -> int:
     return min(job.config.rounds.clients_per_round or len(job.clients), len(job.clients))
 
 
-def _train_centralized(job: Job, initial: Float32Vector) -> ReferenceResult:
-    budget = sample_steps(job, _cohort(job))
+def train_centralized(job: Job, initial: Float32Vector, budget: int) -> ReferenceResult:
+    """Train on all clients' rows in one place, `budget` sample-steps from `initial`."""
     data = all_training_rows(job.clients)
     batch = job.config.train.batch_size * CENTRAL_BATCH_FACTOR
     return _train(job, initial, data, budget, batch, _evaluation_set(job, None))

@@ -97,6 +97,9 @@ class Simulation:
         self._progress = progress
         self._on_round = on_round
         self._grid = grid
+        self._federation = rounds.Federation(
+            job.config, job.adapter.manifest, job.base_digest, run.journal
+        )
         self._references: dict[str, ReferenceResult] = {}
         self._final: dict[int, Evaluation] = {}
         self._refused: list[str] = []
@@ -148,9 +151,6 @@ class Simulation:
 
     def _rounds(self, pool: Pool) -> None:
         job = self._job
-        self._federation = rounds.Federation(
-            job.config, job.adapter.manifest, job.base_digest, self._run.journal
-        )
         if not self._federation.rounds_left:
             return
         score = (lambda adapter: self._common_score(pool, adapter)) if job.test else None
@@ -158,8 +158,6 @@ class Simulation:
         strategy.run(self._grid or LocalGrid(pool, len(job.clients)), len(job.clients))
 
     def _common_score(self, pool: Pool, adapter: Float32Vector) -> rounds.Score:
-        if not self._federation.evaluates(self._federation.round + 1):
-            raise RuntimeError("asked for a score in a round that is not evaluated")
         found = evaluate(pool, self._job, adapter)
         self._final = {COMMON_TEST: found}
         return rounds.Score(found.loss, found.accuracy)
@@ -176,11 +174,8 @@ class Simulation:
                     self._final[place] = evaluate(pool, job, adapter, place)
         if self._options.references:
             initial = job.adapter.read()
-            self._progress.note("training the references: centralized, each client alone, head")
-            self._references = run_references(pool, job, initial, self._reference_running)
-
-    def _reference_running(self, _name: str, done: int, total: int) -> None:
-        self._progress.round_running(0, done, total)
+            running = self._progress.references_running
+            self._references = run_references(pool, job, initial, running)
 
     def _write(self, status: Status, error: JobError | None = None) -> Outcome:
         from fedtune.report.html import render_html

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -140,6 +141,9 @@ class TorchTrainer:
 
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA, else MPS, else the CPU; a device that is not there is a `ConfigError`."""
+    # Counting devices through NVML leaves this process without a CUDA context, which forked
+    # workers could not use.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

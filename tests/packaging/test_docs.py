@@ -32,6 +32,6 @@ def test_keys_named_in_the_documentation_exist(page: Path) -> None:
     keys = {key for key, _ in known_keys()}
     tables = {key.partition(".")[0] for key in keys if "." in key}
     text = page.read_text(encoding="utf-8")
-    named = {key for key in re.findall(r"`([a-z]+\.[a-z][a-z0-9-]+)", text)}
+    named = set(re.findall(r"`([a-z]+\.[a-z][a-z0-9-]+)", text))
     unknown = {key for key in named if key.partition(".")[0] in tables} - keys
     assert not {key for key in unknown if not key.endswith((".md", ".py", ".jsonl", ".json"))}
