@@ -107,9 +107,6 @@ class Train(_Table):
     """Decoupled weight decay of AdamW; L2 penalty of SGD."""
     max_grad_norm: Positive | None = None
     """Clip each step's gradient to this L2 norm; unset: no clipping."""
-    loss: Literal["cross-entropy", "logit-adjusted"] = "cross-entropy"
-    """`logit-adjusted` adds the log of the client's label frequencies to the logits in training,
-    so that clients with different labels do not pull the classifier apart."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Each machine's own business: not agreed upon."""
     precision: Literal["float32", "bf16"] = "float32"

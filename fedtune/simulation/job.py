@@ -53,7 +53,6 @@ class Job:
     config: Config
     adapter: AttachedAdapter
     task: Task
-    plain_task: Task  # the task as somebody without a federation would train it
     base_name: str
     base_digest: str
     adapter_words: str
@@ -64,10 +63,11 @@ class Job:
     warnings: tuple[str, ...]
     has_classifier: bool = False  # whether it is an encoder with a linear head on top
 
-    def trainer(self, plain: bool = False) -> TorchTrainer:
+    def trainer(self) -> TorchTrainer:
         """A trainer on the resident model."""
-        task = self.plain_task if plain else self.task
-        return TorchTrainer(self.adapter, task, self.base_digest, torch_settings(self.config.train))
+        return TorchTrainer(
+            self.adapter, self.task, self.base_digest, torch_settings(self.config.train)
+        )
 
     def machine(self, place: int) -> ClientMachine:
         """The client in `place` as the round sees it."""
@@ -121,8 +121,7 @@ def text_job(config: Config, data: FederatedData | None = None) -> Job:
     return Job(
         config=config,
         adapter=model.adapter,
-        task=model.task(config.train.loss == "logit-adjusted"),
-        plain_task=model.task(),
+        task=model.task,
         base_name=config.base.path,
         base_digest=model.base.digest,
         adapter_words=f"LoRA r={config.adapter.rank} on "
@@ -160,13 +159,8 @@ class TextModel:
         )
         module = self.base.classifier(labels, config.base.pooling)
         self.adapter = attach_lora(module, lora, config.seed)
-        self._labels = labels
+        self.task = TextClassification(self.base.tokenizer.pad_token_id or 0)
         self._max_length = min(config.base.max_length, self.base.max_tokens)
-
-    def task(self, logit_adjusted: bool = False) -> TextClassification:
-        """The task for these labels."""
-        pad_id = self.base.tokenizer.pad_token_id or 0
-        return TextClassification(self._labels, pad_id, logit_adjusted)
 
     def prepare(self, examples: TextExamples) -> TokenizedTexts:
         """The texts as the trainer takes them."""
@@ -196,7 +190,6 @@ def custom_job(
         config=config,
         adapter=attached,
         task=task,
-        plain_task=task,
         base_name=type(module).__name__,
         base_digest=base_digest,
         adapter_words=" + ".join(words),

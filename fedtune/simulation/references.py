@@ -132,7 +132,7 @@ def _train(
     )
     rng = client_rng(job.config.seed, 0, "reference")
     plan = LocalPlan(plan_batches(data.lengths, steps, batch_size, rng), rates, dropout_seed(rng))
-    trainer = job.trainer(plain=True)
+    trainer = job.trainer()
     result = trainer.train(initial, data, plan)
     evaluation = trainer.evaluate(result.adapter, test)
     return ReferenceResult(evaluation, time.perf_counter() - started, steps * batch_size)
@@ -143,7 +143,7 @@ def _train_linear_head(job: Job) -> ReferenceResult:
     data, test = all_training_rows(job.clients), _evaluation_set(job, None)
     if not isinstance(data, TokenizedTexts) or not isinstance(test, TokenizedTexts):
         raise JobError("a linear head is a reference for texts only")
-    trainer = job.trainer(plain=True)
+    trainer = job.trainer()
     device = trainer.device
     features, test_features = (
         torch.from_numpy(trainer.features(rows)).to(device) for rows in (data, test)

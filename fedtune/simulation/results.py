@@ -19,7 +19,7 @@ def evaluate(path: Path, data: Path, text_column: str, label_column: str, as_jso
     """Evaluate the adapter of a run on the rows of a file; returns the exit code."""
     passport, model = _load_model(path)
     examples = load_examples(data, passport.labels, text_column, label_column)
-    trainer = TorchTrainer(model.adapter, model.task(), model.base.digest, TorchSettings())
+    trainer = TorchTrainer(model.adapter, model.task, model.base.digest, TorchSettings())
     found = trainer.evaluate(model.adapter.read(), model.prepare(examples))
     result = {
         "run": str(path),

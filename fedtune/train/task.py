@@ -15,7 +15,6 @@ from torch.nn import functional
 from torch.utils.data import ConcatDataset, default_collate
 
 from fedtune.data import TextExamples
-from fedtune.train.trainer import Dataset
 
 
 class Task(Protocol):
@@ -24,7 +23,7 @@ class Task(Protocol):
     def batch(self, data: Any, rows: NDArray[np.int64], device: torch.device) -> Any:
         """The rows as whatever `loss` and `outputs` take."""
 
-    def loss(self, module: nn.Module, data: Any, batch: Any) -> Tensor:
+    def loss(self, module: nn.Module, batch: Any) -> Tensor:
         """Mean training loss of the batch, a scalar."""
 
     def outputs(self, module: nn.Module, batch: Any) -> Outputs:
@@ -82,11 +81,6 @@ class TokenizedTexts:
             np.concatenate([part.labels for part in parts]),
         )
 
-    @cached_property
-    def label_counts(self) -> NDArray[np.int64]:
-        """How often each label occurs, up to the largest that does."""
-        return np.bincount(self.labels)
-
 
 def tokenize(tokenizer: Any, examples: TextExamples, max_length: int) -> TokenizedTexts:
     """Tokenize once what is trained on every round."""
@@ -99,24 +93,11 @@ def tokenize(tokenizer: Any, examples: TextExamples, max_length: int) -> Tokeniz
     return TokenizedTexts(ids, starts, examples.labels)
 
 
-# What a label counts that a client does not hold, in examples. Not 0: masked out altogether, such
-# labels are learned from so few clients that accuracy fell by 7 points on held-out validation.
-UNSEEN = 0.1
-
-
 class TextClassification:
-    """One label per text, cross-entropy, accuracy.
+    """One label per text, cross-entropy, accuracy."""
 
-    With `logit_adjusted`, training adds the log of the client's own label frequencies to the
-    logits (Menon et al. 2021, arXiv 2007.07314, eq. 9; for federated learning Zhang et al.
-    2022, arXiv 2209.00189). Labels that a client does not hold then get next to no gradient:
-    without this, a client pushes down the outputs for every diagnosis that it never sees.
-    """
-
-    def __init__(self, labels: int, pad_id: int, logit_adjusted: bool = False) -> None:
-        self.num_labels = labels
-        self.pad_id = pad_id
-        self.logit_adjusted = logit_adjusted
+    def __init__(self, pad_id: int) -> None:
+        self._pad_id = pad_id
 
     def batch(
         self, data: TokenizedTexts, rows: NDArray[np.int64], device: torch.device
@@ -124,7 +105,7 @@ class TextClassification:
         """Ids and mask, int64 `[batch, longest]`, and labels, int64 `[batch]`."""
         lengths = data.lengths[rows]
         width = int(lengths.max())
-        ids = np.full((len(rows), width), self.pad_id, np.int64)
+        ids = np.full((len(rows), width), self._pad_id, np.int64)
         for line, row, length in zip(ids, rows, lengths, strict=True):
             start = data.starts[row]
             line[:length] = data.ids[start : start + length]
@@ -133,14 +114,10 @@ class TextClassification:
         ids_t, mask_t, labels_t = (torch.from_numpy(array).to(device) for array in arrays)
         return ids_t, mask_t, labels_t
 
-    def loss(
-        self, module: nn.Module, data: TokenizedTexts, batch: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
+    def loss(self, module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of the batch."""
         ids, mask, labels = batch
         logits: Tensor = module(ids, mask)
-        if self.logit_adjusted:
-            logits = logits + self._log_frequencies(data).to(logits.device)
         return functional.cross_entropy(logits, labels)
 
     def outputs(self, module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Outputs:
@@ -149,11 +126,6 @@ class TextClassification:
         logits: Tensor = module(ids, mask)
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         return Outputs(loss, logits.argmax(-1).cpu().numpy(), labels.cpu().numpy())
-
-    def _log_frequencies(self, data: TokenizedTexts) -> Tensor:
-        counts = np.full(self.num_labels, UNSEEN)
-        counts[: len(data.label_counts)] += data.label_counts
-        return torch.from_numpy(np.log(counts / counts.sum()).astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -195,7 +167,7 @@ class CustomTask:
         """The rows, collated and on the device."""
         return _to(default_collate([data.rows[int(row)] for row in rows]), device)
 
-    def loss(self, module: nn.Module, _data: Dataset, batch: Any) -> Tensor:
+    def loss(self, module: nn.Module, batch: Any) -> Tensor:
         """The user's loss."""
         return self._loss(module, batch)
 

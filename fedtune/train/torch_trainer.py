@@ -76,7 +76,7 @@ class TorchTrainer:
         for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
             batch = self._task.batch(data, rows, self.device)
             with self._autocast():
-                loss = self._task.loss(attached.module, data, batch)
+                loss = self._task.loss(attached.module, batch)
             attached.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             if settings.max_grad_norm is not None:
