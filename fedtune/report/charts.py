@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.records import RoundRecord, Summary
 from fedtune.report import words
-from fedtune.report.comparison import Comparison, largest
+from fedtune.report.comparison import Comparison, Pair, largest
 from fedtune.report.svg import COLOURS, draw
 
 if TYPE_CHECKING:
@@ -89,13 +89,25 @@ def loss_chart(rounds: Sequence[RoundRecord]) -> Chart | None:
     return Chart("Loss by round", draw(paint), f"Loss, {'; '.join(said)}.")
 
 
-def clients_chart(comparison: Comparison, noun: str) -> Chart | None:
-    """Bars for each client, federated beside alone; None when no accuracy is known."""
-    shown = set(map(id, largest(tuple(p.client for p in comparison.pairs), MOST_CLIENTS)))
-    pairs = [p for p in comparison.pairs if id(p.client) in shown and p.federated is not None]
+def clients_charts(comparison: Comparison, noun: str) -> list[Chart]:
+    """Bars for each client, federated beside alone: on all cases alike and on its own mix."""
+    charts = [_clients_chart(comparison.pairs, noun, ", own case mix" * comparison.own_mix)]
+    if comparison.own_mix and comparison.gains:
+        plain = tuple(
+            Pair(pair.client, pair.client.accuracy, pair.client.local_accuracy)
+            for pair in comparison.pairs
+        )
+        charts.insert(0, _clients_chart(plain, noun, ", all cases alike"))
+    return [chart for chart in charts if chart]
+
+
+def _clients_chart(everybody: Sequence[Pair], noun: str, measure: str) -> Chart | None:
+    """Bars for the largest clients; None when no accuracy is known."""
+    shown = set(map(id, largest(tuple(p.client for p in everybody), MOST_CLIENTS)))
+    pairs = [p for p in everybody if id(p.client) in shown and p.federated is not None]
     if not pairs:
         return None
-    with_alone = bool(comparison.gains)
+    with_alone = any(p.gain is not None for p in everybody)
     bar = 0.38 if with_alone else 0.6
 
     def paint(axes: Axes) -> None:
@@ -124,8 +136,8 @@ def clients_chart(comparison: Comparison, noun: str) -> Chart | None:
         + (f" against {words.percent(p.alone)} alone" if with_alone else "")
         for p in pairs
     ]
-    title = f"Accuracy at each {noun}" + (", own case mix" if comparison.own_mix else "")
-    if len(pairs) < len(comparison.pairs):
+    title = f"Accuracy at each {noun}{measure}"
+    if len(pairs) < len(everybody):
         title += f" (the {len(pairs)} largest)"
     height = 1.1 + (0.5 if with_alone else 0.34) * len(pairs)
     return Chart(title, draw(paint, height), words.printable(f"{'; '.join(values)}."))

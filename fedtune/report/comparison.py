@@ -26,9 +26,12 @@ class Pair:
     @property
     def gain(self) -> float | None:
         """Federated minus alone; None where either is unknown."""
-        if self.federated is None or self.alone is None:
-            return None
-        return self.federated - self.alone
+        return _difference(self.federated, self.alone)
+
+    @property
+    def plain_gain(self) -> float | None:
+        """The same on all cases alike, not on the client's own mix."""
+        return _difference(_known(self.client.accuracy), _known(self.client.local_accuracy))
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class Comparison:
         return tuple(pair.gain for pair in self.pairs if pair.gain is not None)
 
     @property
-    def helped(self) -> int:
-        """How many clients the federated model serves better than their own."""
-        return sum(gain > 0 for gain in self.gains)
+    def plain_gains(self) -> tuple[float, ...]:
+        """The known gains on all cases alike."""
+        return tuple(pair.plain_gain for pair in self.pairs if pair.plain_gain is not None)
 
 
 def compare(summary: Summary) -> Comparison:
@@ -73,6 +76,10 @@ def largest(clients: tuple[ClientSummary, ...], limit: int) -> tuple[ClientSumma
         return clients
     ranked = sorted(range(len(clients)), key=lambda index: -clients[index].examples)
     return tuple(clients[index] for index in sorted(ranked[:limit]))
+
+
+def _difference(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
 
 
 def _known(value: float | None) -> float | None:

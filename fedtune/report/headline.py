@@ -73,18 +73,22 @@ def _alone(summary: Summary, reference: Reference | None) -> str:
 
 def _verdict(summary: Summary) -> str:
     comparison = compare(summary)
-    known = len(comparison.gains)
-    if known == 0:
+    if not comparison.gains:
         return "Whether federating helps cannot be said: no model was trained alone to compare."
-    where = " on their own case mix" if comparison.own_mix else ""
-    helped = comparison.helped
-    if known == 1:
-        does = "helps" if helped else "does not help"
-        return f"Federating {does} the one {_clients(summary, 1)[2:]} that was compared."
-    if helped == 0:
-        return f"Federating helps none of the {_clients(summary, known)}{where}."
-    only = "only " if 2 * helped < known else ""
-    return f"Federating helps {only}{helped} of {_clients(summary, known)}{where}."
+    clients = _clients(summary, len(comparison.gains))
+    if not comparison.own_mix:
+        return f"Federating helps {_share(comparison.gains)} {clients}."
+    return (
+        f"On all cases alike federating helps {_share(comparison.plain_gains)} {clients}; on the "
+        f"cases that each sees itself, {_share(comparison.gains)} {len(comparison.gains)}."
+    )
+
+
+def _share(gains: tuple[float, ...]) -> str:
+    helped = sum(gain > 0 for gain in gains)
+    if not helped:
+        return "none of the"
+    return f"{'only ' if 2 * helped < len(gains) else ''}{helped} of"
 
 
 def _distance(difference: float) -> str:

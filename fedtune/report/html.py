@@ -43,7 +43,7 @@ def render_html(summary: Summary, rounds: Sequence[RoundRecord]) -> str:
             headline=headline(summary),
             tiles=_tiles(summary),
             progress_charts=[chart for chart in progress if chart],
-            clients_chart=charts.clients_chart(comparison, noun),
+            clients_charts=charts.clients_charts(comparison, noun),
             sizes_chart=charts.sizes_chart(summary, noun) if many else None,
             heat_map=heat_map(summary),
             traffic_charts=charts.traffic_charts(rounds),

@@ -61,22 +61,32 @@ def _client_table(summary: Summary) -> Table:
     noun = words.noun_of(client.name for client in summary.per_client)
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column(noun, max_width=_NAME_WIDTH)
-    for title in ("examples", "labels", "accuracy"):
+    both = with_alone and comparison.own_mix
+    titles = ["examples"]
+    if both:
+        titles += [
+            "alone\nall",
+            "gain\nall",
+            "accuracy\nown mix",
+            "alone\nown mix",
+            "gain\nown mix",
+        ]
+    else:
+        titles += ["labels", "accuracy"]
+        titles += ["own mix"] * comparison.own_mix + ["alone", "gain"] * with_alone
+    for title in titles:
         table.add_column(title, justify="right")
-    if comparison.own_mix:
-        table.add_column("own mix", justify="right")
-    if with_alone:
-        table.add_column("alone", justify="right")
-        table.add_column("gain", justify="right")
     table.add_column("failed\nrounds", justify="right")
     shown = set(map(id, largest(summary.per_client, MOST_CLIENTS)))
     for pair in comparison.pairs:
         if id(pair.client) in shown:
             table.add_row(*_cells(pair, len(summary.labels), comparison.own_mix, with_alone))
     if comparison.own_mix:
-        table.caption = f"own mix: accuracy on the {noun}'s own case mix"
+        table.caption = f"own mix: accuracy with each label weighted as the {noun} sees it"
         if with_alone:
-            table.caption += "; alone, gain (points): the same measure"
+            table.caption += (
+                "; all: all cases alike; alone: trained without the others; gain: points"
+            )
         table.caption_justify = "left"
     return table
 
@@ -87,9 +97,11 @@ def _cells(pair: Pair, labels: int, own_mix: bool, with_alone: bool) -> list[Tex
     cells = [
         words.shortened(client.name, _NAME_WIDTH),
         words.count(client.examples),
-        f"{held}/{labels}",
-        words.percent(client.accuracy),
     ]
+    if own_mix and with_alone:  # no room for labels; the common accuracy is in the headline
+        cells += [words.percent(client.local_accuracy), words.points(pair.plain_gain)]
+    else:
+        cells += [f"{held}/{labels}", words.percent(client.accuracy)]
     if own_mix:
         cells.append(words.percent(pair.federated))
     if with_alone:

@@ -87,11 +87,15 @@ def test_every_client_row_shows_its_record(page: Page) -> None:
         own, alone = client.own_mix_accuracy, client.local_own_mix_accuracy
         assert own is not None
         assert alone is not None
+        plain = client.local_accuracy
+        assert plain is not None
         assert rows[client.name] == [
             client.name,
             str(client.examples),
             f"{sum(n > 0 for n in client.label_counts)} of 21",
             "68.1 %",
+            f"{100 * plain:.1f} %",
+            f"{100 * (0.681 - plain):+.1f}",
             f"{100 * own:.1f} %",
             f"{100 * alone:.1f} %",
             f"{100 * (own - alone):+.1f}",
@@ -131,7 +135,7 @@ def test_charts_are_told_in_words(page: Page) -> None:
     assert "68.1 % in round 10" in accuracy
     assert any("hospital-4 72.0 % against 58.6 % alone" in label for label in page.labels)
     assert any("31.3 MB up and 31.7 MB down" in label for label in page.labels)
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
 
 
 def test_names_labels_and_reasons_are_escaped_everywhere() -> None:

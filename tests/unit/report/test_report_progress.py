@@ -141,7 +141,7 @@ def printed(summary: Summary, folder: Path) -> str:
 def test_summary_shows_each_client_within_80_columns(tmp_path: Path) -> None:
     text = printed(sample_summary(), tmp_path)
     rows = [line.split() for line in text.splitlines() if line.startswith(" hospital-")]
-    assert " ".join(rows[0]) == "hospital-1 371 17/21 68.1 % 67.5 % 50.0 % +17.5 0"
+    assert " ".join(rows[0]) == "hospital-1 371 27.0 % +41.1 67.5 % 50.0 % +17.5 0"
     assert [row[-1] for row in rows] == ["0", "0", "1", "0", "0", "0", "0", "0"]
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "72.5 %" in text

@@ -70,14 +70,11 @@ def test_unknown_status_is_refused() -> None:
         Summary.from_json(sample_summary().to_json() | {"status": "fine"})
 
 
-def test_import_is_cheap_and_every_public_name_resolves() -> None:
+def test_import_is_cheap() -> None:
     code = (
-        "import sys, fedtune.report as r;"
-        "heavy = {'torch', 'matplotlib', 'jinja2', 'tensorboard', 'rich', 'pydantic'};"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
-        "assert all(getattr(r, name) for name in r.__all__);"
-        "heavy -= {'rich', 'pydantic'};"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
-        "assert set(r.__all__) == set(r._HOMES)"
+        "import sys;"
+        "from fedtune.report import comparison, headline, html, progress, tables, tensorboard;"
+        "heavy = {'torch', 'matplotlib', 'jinja2', 'tensorboard'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -65,23 +65,25 @@ def test_headline_of_a_good_run() -> None:
         "Federated: 8 hospitals together reach 68.1 % after 10 rounds. "
         "Centralized training on all data in one place reaches 72.5 %, 4.4 points more; "
         "a hospital alone reaches 27–47 %. "
-        "Federating helps 8 of 8 hospitals on their own case mix."
+        "On all cases alike federating helps 8 of 8 hospitals; "
+        "on the cases that each sees itself, 8 of 8."
     )
 
 
 @pytest.mark.parametrize(
     ("helped", "verdict"),
     [
-        (8, "helps 8 of 8"),
-        (4, "helps 4 of 8"),
-        (3, "helps only 3 of 8"),
-        (0, "helps none of the 8"),
+        (8, "8 of 8"),
+        (4, "4 of 8"),
+        (3, "only 3 of 8"),
+        (0, "none of the 8"),
     ],
 )
 def test_headline_counts_whom_it_helps(helped: int, verdict: str) -> None:
     # A client that neither gains nor loses is not helped.
     gains = [0.1] * helped + [0.0, -0.1] * 4
-    assert f"Federating {verdict} hospitals" in headline(with_gains(sample_summary(), gains[:8]))
+    text = headline(with_gains(sample_summary(), gains[:8]))
+    assert text.endswith(f"on the cases that each sees itself, {verdict}.")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_headline_without_references_claims_no_help() -> None:
     text = headline(sample_summary(references=False))
     assert "68.1 %" in text
     assert "cannot be said" in text
-    assert "Federating helps" not in text
+    assert "all cases" not in text
 
 
 def test_clients_without_own_mix_are_compared_on_the_plain_accuracy() -> None:
