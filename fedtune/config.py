@@ -207,9 +207,11 @@ class Config(_Table):
     def digest(self) -> str:
         """SHA-256 of what server and clients must agree on.
 
-        Left out: where the data lies and how fast a machine computes.
+        Left out: where data and base model lie (the base has a digest of its own) and how fast a
+        machine computes.
         """
-        value = self.model_dump(mode="json", exclude={"data": True, "train": {"device", "threads"}})
+        own: Any = {"base": {"path"}, "data": True, "train": {"device", "threads"}}
+        value = self.model_dump(mode="json", exclude=own)
         value["labels"] = self.data.labels
         return digest_of(value)
 
@@ -257,7 +259,7 @@ def parse_config(
     for override in overrides:
         _apply(value, override)
     try:
-        return Config.model_validate_json(_json(value))
+        return Config.model_validate_json(_json(value), by_alias=True, by_name=False)
     except ValidationError as error:
         lines = "; ".join(_describe(detail) for detail in error.errors())
         raise ConfigError(f"{origin}: {lines}") from error
@@ -301,18 +303,14 @@ def _describe(detail: ErrorDetails) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """A hint at the known key that is most like `key`, judged by its last part first."""
-    tail = key.rpartition(".")[2]
-    tails = {name.rpartition(".")[2]: name for name in known}
-    table = key.rpartition(".")[0]
-    same_table = [n for n in known if n.rpartition(".")[0] == table]
-    if (
-        match := difflib.get_close_matches(key, same_table, 1, 0.6)
-        or difflib.get_close_matches(key, known, 1, 0.7)
-        or [tails[m] for m in difflib.get_close_matches(tail, list(tails), 1, 0.6)]
-    ):
-        return f"; did you mean {match[0]}?"
-    return f"; known here: {', '.join(n.rpartition('.')[2] for n in same_table) or 'no key'}"
+    """A hint at the known key that is most like `key`: in its table, else by its last part."""
+    table, _, tail = key.rpartition(".")
+    here = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == table}
+    anywhere = {name.rpartition(".")[2]: name for name in known}
+    for names, cutoff in ((here, 0.6), (anywhere, 0.7)):
+        if match := difflib.get_close_matches(tail.replace("_", "-"), list(names), 1, cutoff):
+            return f"; did you mean {names[match[0]]}?"
+    return f"; known here: {', '.join(here) or 'no key'}"
 
 
 def known_keys() -> Iterator[tuple[str, str]]:

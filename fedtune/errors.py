@@ -11,6 +11,7 @@
     ├── WireError             bytes that are not a message of this federation
     │   ├── MalformedMessage  not the wire format, or larger than the limit
     │   └── ContextMismatch   well formed, but of another run, round, base model, manifest or config
+    │       └── LateMessage   of an earlier round of the same run
     └── JobError              the job itself failed: exit code 1
         ├── TrainingError     local training went wrong at one client (not finite, a crash)
         ├── ClientFailure     one client's round failed; the round goes on without it
@@ -56,6 +57,10 @@ class MalformedMessage(WireError):
 
 class ContextMismatch(WireError):
     """A well-formed message of another run, round, base model, manifest or config."""
+
+
+class LateMessage(ContextMismatch):
+    """A message of an earlier round of the same run; ignoring it is enough."""
 
 
 class JobError(FedtuneError):

@@ -85,7 +85,18 @@ def fresh_classifier(minilm: BaseModel) -> Callable[..., EncoderClassifier]:
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Short texts of many lengths."""
-    words = ["fracture", "of", "the", "left", "femur", "acute", "renal", "failure", "with", "sepsis"]
+    words = [
+        "fracture",
+        "of",
+        "the",
+        "left",
+        "femur",
+        "acute",
+        "renal",
+        "failure",
+        "with",
+        "sepsis",
+    ]
     rng = np.random.default_rng(5)
     return [" ".join(rng.choice(words, 1 + i % 17)) for i in range(80)]
 
@@ -110,10 +121,9 @@ def small_federation() -> Callable[..., SmallFederation]:
     from fedtune.adapter.lora import LoRA, attach_lora
     from fedtune.config import parse_config
     from fedtune.round.client import ClientMachine
-    from fedtune.update import make_pipeline
-    from fedtune.simulation.job import torch_settings
     from fedtune.train.task import CustomTask, Rows
-    from fedtune.train.torch_trainer import TorchTrainer
+    from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
+    from fedtune.update import make_pipeline
 
     torch.set_num_threads(1)
 
@@ -127,7 +137,9 @@ def small_federation() -> Callable[..., SmallFederation]:
             module.add_module("head", nn.Linear(5, 3))
         lora = LoRA(rank=2, alpha=4.0, targets=("inner",), also_train=("head",))
         attached = attach_lora(module, lora, config.seed)
-        trainer = TorchTrainer(attached, CustomTask(), "ab" * 32, torch_settings(config.train))
+        trainer = TorchTrainer(
+            attached, CustomTask(), "ab" * 32, TorchSettings(config.train.optimizer)
+        )
         rng = np.random.default_rng(3)
 
         def rows(n: int) -> Rows:
@@ -165,4 +177,4 @@ def forked() -> Iterator[Callable[[Callable[[], None]], int]]:
                 os._exit(status)
         return os.waitpid(pid, 0)[1]
 
-    yield run
+    return run

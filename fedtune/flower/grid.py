@@ -117,10 +117,10 @@ class LocalGrid(Grid):
         ]
         for place, result in self._pool.run(tasks, timeout):
             if isinstance(result, Failed):
-                node = sent[place].metadata.dst_node_id
-                internals.become_task(RUN_ID, node)
+                internals.become_task(RUN_ID, sent[place].metadata.dst_node_id)
                 answer = Message(Error(CLIENT_FAILED, result.reason), reply_to=sent[place])
-                internals.become_task(RUN_ID, internals.SERVER_NODE)
-                yield answer
             else:
-                yield internals.message_from_bytes(result)
+                answer = internals.message_from_bytes(result)
+            # A client's app may have run in this process; what is sent next is the server's.
+            internals.become_task(RUN_ID, internals.SERVER_NODE)
+            yield answer

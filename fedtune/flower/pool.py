@@ -109,14 +109,15 @@ class ForkPool:
         queue = deque(tasks)
         try:
             for worker in self._workers:
-                if queue:
-                    yield from self._give(worker, queue, timeout)
+                self._give(worker, queue, timeout)
             while busy := [worker for worker in self._workers if worker.task]:
                 soonest = min((w.deadline for w in busy if w.deadline is not None), default=None)
                 patience = None if soonest is None else max(0.0, soonest - time.monotonic())
-                ready = wait([worker.pipe for worker in busy], patience)
+                wait([worker.pipe for worker in busy], patience)
                 for worker in busy:
-                    if worker.pipe in ready:
+                    # Asked anew: time passes while the caller looks at another's result, and an
+                    # answer that came in that time is not late.
+                    if worker.pipe.poll():
                         yield from self._collect(worker, queue, timeout)
                     elif worker.deadline is not None and time.monotonic() > worker.deadline:
                         yield from self._expire(worker, queue, timeout)
@@ -132,20 +133,19 @@ class ForkPool:
             self._end(worker)
         self._workers = []
 
-    def _give(
-        self, worker: _Worker, queue: deque[Task], timeout: float | None
-    ) -> Iterator[tuple[int, Failed]]:
-        """Send the next task to an idle worker; one that died while idle is replaced."""
-        while queue:
-            task = queue.popleft()
-            worker.task = task
-            worker.deadline = None if timeout is None else time.monotonic() + timeout
-            try:
-                worker.pipe.send_bytes(task.kind.encode() + b"\0" + task.payload())
-                return
-            except (BrokenPipeError, ConnectionResetError):
-                reason = self._replace(worker)
-                yield task.key, Failed(reason)
+    def _give(self, worker: _Worker, queue: deque[Task], timeout: float | None) -> None:
+        """Send the next task, if there is one, to an idle worker."""
+        if not queue:
+            return
+        task = queue.popleft()
+        data = task.kind.encode() + b"\0" + task.payload()
+        try:
+            worker.pipe.send_bytes(data)
+        except (BrokenPipeError, ConnectionResetError):
+            self._replace(worker)  # it died while idle, which is no fault of this task
+            worker.pipe.send_bytes(data)
+        worker.task = task
+        worker.deadline = None if timeout is None else time.monotonic() + timeout
 
     def _collect(
         self, worker: _Worker, queue: deque[Task], timeout: float | None
@@ -160,7 +160,7 @@ class ForkPool:
         except (EOFError, ConnectionResetError):
             result = Failed(self._replace(worker))
         # The next task first: the worker computes while the caller looks at this result.
-        yield from self._give(worker, queue, timeout)
+        self._give(worker, queue, timeout)
         yield task.key, result
 
     def _expire(
@@ -168,7 +168,7 @@ class ForkPool:
     ) -> Iterator[tuple[int, bytes | Failed]]:
         task = worker.task
         self._replace(worker)
-        yield from self._give(worker, queue, timeout)
+        self._give(worker, queue, timeout)
         if task is not None:
             yield task.key, Failed(f"no answer within {timeout:g} s")
 
@@ -216,12 +216,13 @@ class ForkPool:
         if sys.platform == "linux":
             # A parent that is killed takes its workers along, in the middle of a step too.
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if self._start:
-            self._start(b"")
+        started = _call(self._start, b"") if self._start else b"+"
         while True:
             try:
                 kind, _, payload = pipe.recv_bytes().partition(b"\0")
-                pipe.send_bytes(_call(self._handlers[kind.decode()], payload))
+                usable = started[:1] == b"+"
+                answer = _call(self._handlers[kind.decode()], payload) if usable else started
+                pipe.send_bytes(answer)
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 return
 
@@ -231,7 +232,7 @@ def _call(handler: Handler, payload: bytes) -> bytes:
     try:
         return b"+" + handler(payload)
     except Exception as error:  # whatever a task raises is that task's failure
-        return b"-" + (str(error) or type(error).__name__).encode()
+        return b"-" + (str(error) or type(error).__name__).encode(errors="backslashreplace")
 
 
 def _unpack(answer: bytes) -> bytes | Failed:

@@ -11,13 +11,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedtune.errors import TooFewClients, WireError
+from fedtune.errors import LateMessage, TooFewClients, WireError
 from fedtune.flower.envelope import RECORD, unwrap, wrap
 from fedtune.records import RoundRecord
 from fedtune.round.federation import Federation, Score
 from fedtune.round.server import Member, ServerRound
 from fedtune.types import Float32Vector
 from fedtune.wire import codec
+from fedtune.wire.context import check_context
 
 JOIN_POLL_SECONDS = 0.5
 
@@ -157,13 +158,21 @@ class FederatedFineTuning(Strategy):
         opened = self._require_open()
         examples, correct, loss_sum = 0, 0, 0.0
         answers = {}
+        testers = {self._nodes[m.name]: m.test_examples for m in self._federation.members}
         for message in replies:
-            if message.has_error():
+            node = message.metadata.src_node_id
+            if message.has_error() or node in answers:
                 continue  # the round stands; the score says what the others found
-            payload = unwrap(message)
-            reply = codec.decode_evaluate_reply(payload)
-            if reply.context == opened.context:
-                answers[message.metadata.src_node_id] = reply
+            try:
+                payload = unwrap(message)
+                reply = codec.decode_evaluate_reply(payload)
+                check_context(reply.context, opened.context)
+            except WireError as error:
+                self._observer.client_refused(node, str(error))
+                continue
+            # The greeting settled the weight: nobody can grow its say in the score.
+            if reply.examples == testers.get(node):
+                answers[node] = reply
                 opened.bytes_up += len(payload)
         for _, reply in sorted(answers.items()):
             examples += reply.examples
@@ -183,6 +192,8 @@ def _count(opened: ServerRound, client: str, message: Message) -> None:
         return
     try:
         opened.receive(client, unwrap(message))
+    except LateMessage:
+        return  # its answer to this round may still come
     except WireError as error:
         opened.fail(client, str(error))
 

@@ -83,7 +83,7 @@ class Federation:
         rounds = self.config.rounds
         number = self.round + 1
         cohort = draw_cohort(self.members, rounds.clients_per_round, self.config.seed, number)
-        if len(cohort) < (minimum := self._minimum(len(cohort))):
+        if len(cohort) < (minimum := max(1, self._minimum(len(cohort)))):
             raise TooFewClients(
                 f"round {number}: {len(cohort)} clients are there, "
                 f"rounds.min-clients asks for {minimum}"

@@ -24,15 +24,17 @@ from fedtune.round.server import GlobalState
 
 FORMAT = 1
 
-_SCHEMA = """
-CREATE TABLE identity (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+_IDENTITY = "CREATE TABLE identity (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT"
+_ROUNDS = """
 CREATE TABLE rounds (
     round INTEGER PRIMARY KEY,
     record TEXT,               -- JSON; NULL for round 0, the state before training
     adapter BLOB,              -- little-endian float32, manifest order; only first, best, last
     rule_state BLOB            -- safetensors; only of the last round
-) STRICT;
+) STRICT
 """
+# Journals open in this process: a record lock does not tell its own process apart.
+_open_here: set[Path] = set()
 
 
 class Journal:
@@ -49,12 +51,14 @@ class Journal:
         if path.exists():
             raise RunFolderError(f"{path} exists already")
         lock = _lock(path)
-        connection = _connect(path)
-        connection.executescript(_SCHEMA)
-        rows = {**identity, "format": str(FORMAT)}.items()
-        connection.executemany("INSERT INTO identity VALUES (?, ?)", rows)
-        connection.execute("INSERT INTO rounds VALUES (0, NULL, ?, ?)", _blobs(state))
-        return cls(path, connection, lock)
+        journal = cls(path, _connect(path), lock)
+        with journal._transaction() as db:
+            db.execute(_IDENTITY)
+            db.execute(_ROUNDS)
+            rows = {**identity, "format": str(FORMAT)}.items()
+            db.executemany("INSERT INTO identity VALUES (?, ?)", rows)
+            db.execute("INSERT INTO rounds VALUES (0, NULL, ?, ?)", _blobs(state))
+        return journal
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -66,7 +70,7 @@ class Journal:
             journal = cls(path, _connect(path), lock)
             found = journal.identity().get("format")
         except sqlite3.DatabaseError as error:
-            os.close(lock)
+            _unlock(path, lock)
             raise RunFolderError(f"{path}: not a journal: {error}") from error
         if found != str(FORMAT):
             journal.close()
@@ -76,7 +80,7 @@ class Journal:
     def close(self) -> None:
         """Let another process have it."""
         self._db.close()
-        os.close(self._lock)
+        _unlock(self._path, self._lock)
 
     def identity(self) -> dict[str, str]:
         """What the run is about: run id and the digests agreed upon."""
@@ -84,18 +88,18 @@ class Journal:
 
     def commit(self, record: RoundRecord, state: GlobalState) -> None:
         """Make the round that follows the last one part of the run, all of it at once."""
-        with self._transaction():
+        with self._transaction() as db:
             expected = self._last() + 1
             if record.round != expected:
                 raise ValueError(f"round {record.round} cannot follow round {expected - 1}")
-            self._db.execute(
+            db.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?)",
                 (record.round, json.dumps(record.to_json()), *_blobs(state)),
             )
             # Old states would be most of the file: round 0, the best and the last are kept.
             keep = [0, record.round, self._best() or 0]
-            self._db.execute("UPDATE rounds SET adapter = NULL WHERE round NOT IN (?, ?, ?)", keep)
-            self._db.execute("UPDATE rounds SET rule_state = NULL WHERE round < ?", [record.round])
+            db.execute("UPDATE rounds SET adapter = NULL WHERE round NOT IN (?, ?, ?)", keep)
+            db.execute("UPDATE rounds SET rule_state = NULL WHERE round < ?", [record.round])
 
     def records(self) -> list[RoundRecord]:
         """All committed rounds, in order."""
@@ -119,10 +123,10 @@ class Journal:
         return max(evaluated, key=lambda r: r.accuracy or 0.0).round if evaluated else None
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            yield
+            yield self._db
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
@@ -141,14 +145,24 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _lock(path: Path) -> int:
-    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    busy = f"{path.parent} is in use by another process; wait for it or end it"
+    if path.resolve() in _open_here:
+        raise RunFolderError(busy)
+    try:
+        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunFolderError(f"{path.parent}: cannot be written: {error.strerror}") from error
     try:
         # A record lock and not flock: worker processes forked from this one do not hold it, so
         # it is free the moment that this process is gone.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         os.close(lock)
-        raise RunFolderError(
-            f"{path.parent} is in use by another process; wait for it or end it"
-        ) from error
+        raise RunFolderError(busy) from error
+    _open_here.add(path.resolve())
     return lock
+
+
+def _unlock(path: Path, lock: int) -> None:
+    os.close(lock)
+    _open_here.discard(path.resolve())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedtune.aggregate import OrderedSum, Rule, RuleState
-from fedtune.errors import MalformedMessage, TooFewClients
+from fedtune.errors import JobError, MalformedMessage, TooFewClients
 from fedtune.types import Float32Vector, RoundContext
 from fedtune.update import UpdatePipeline
 from fedtune.wire import codec
@@ -122,7 +122,7 @@ class ServerRound:
         return sum(self._losses[n][0] * self._losses[n][1] for n in self.counted) / total
 
     def close(self, rule: Rule, state: GlobalState, minimum: int) -> GlobalState:
-        """The next global state; raises `TooFewClients`."""
+        """The next global state; raises `TooFewClients`, or `JobError` if it is not finite."""
         if self.pending:
             raise ValueError(f"clients are still pending: {', '.join(self.pending)}")
         if len(self._losses) < minimum:
@@ -134,6 +134,11 @@ class ServerRound:
         rule_state, adapter = rule.apply(
             state.rule_state, state.adapter, self._sum.total, self._sum.weight
         )
+        if not np.isfinite(adapter).all():
+            raise JobError(
+                f"round {self.context.round}: the new adapter is not finite; "
+                "lower aggregate.server-lr or train.lr"
+            )
         return replace(state, adapter=adapter, rule_state=rule_state)
 
     def _require_pending(self, client: str) -> None:

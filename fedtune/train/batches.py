@@ -33,20 +33,22 @@ def plan_batches(
 ) -> Iterator[NDArray[np.int64]]:
     """Yield `steps` arrays of row indices (int64 `[min(batch_size, n)]`).
 
-    Rows are drawn without replacement until all were seen, then again. Within a pool of
-    `POOL_BATCHES` batches, rows of similar length share a batch, so little is padding; the
-    order of the batches is random.
+    Rows are drawn without replacement until all were seen, then again; no batch holds a row
+    twice. Within a pool of up to `POOL_BATCHES` batches, rows of similar length share a batch,
+    so little is padding; the order of the batches is random.
     """
     rows = len(lengths)
     batch_size = min(batch_size, rows)
     left = steps
-    waiting = np.empty(0, np.int64)
+    waiting = np.empty(0, np.int64)  # rows of this pass that were not yet drawn, all different
     while left > 0:
-        batches = min(POOL_BATCHES, left)
-        wanted = batches * batch_size
-        while len(waiting) < wanted:
-            waiting = np.concatenate([waiting, rng.permutation(rows)])
-        pool, waiting = waiting[:wanted], waiting[wanted:]
+        if len(waiting) < batch_size:
+            fresh = rng.permutation(rows)
+            repeated = np.isin(fresh, waiting)
+            # Those left over come first, and again last: no batch holds a row twice.
+            waiting = np.concatenate([waiting, fresh[~repeated], fresh[repeated]])
+        batches = min(POOL_BATCHES, left, rows // batch_size, len(waiting) // batch_size)
+        pool, waiting = np.split(waiting, [batches * batch_size])
         pool = pool[np.argsort(lengths[pool], kind="stable")].reshape(batches, batch_size)
         yield from pool[rng.permutation(batches)]
         left -= batches

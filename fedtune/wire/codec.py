@@ -212,11 +212,16 @@ def _parse(kind: type[ProtoMessage], payload: bytes, limit: int) -> ProtoMessage
         message.ParseFromString(payload)
     except DecodeError as error:
         raise MalformedMessage(f"not a {name}: {error}") from error
-    # Two kinds of message may share field numbers; a field that this kind does not know
-    # means that the payload is not what it is taken for.
-    context: Message = getattr(message, "context", message)
-    if len(UnknownFieldSet(message)) or len(UnknownFieldSet(context)):
-        raise MalformedMessage(f"{name} has fields that wire version {WIRE_VERSION} does not know")
+    parts: list[Message] = [message]
+    if hasattr(message, "context"):
+        parts.append(message.context)
+    for part in parts:
+        # A field that this kind does not know means that the payload is not what it is taken for.
+        if len(UnknownFieldSet(part)):
+            raise MalformedMessage(f"{name} has fields that wire version {WIRE_VERSION} lacks")
+        for field in part.DESCRIPTOR.fields:
+            if not part.HasField(field.name):
+                raise MalformedMessage(f"{name} has no {field.name}")
     version: int = message.wire_version  # type: ignore[attr-defined]  # every message has one
     if version != WIRE_VERSION:
         raise MalformedMessage(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedtune.errors import ContextMismatch
+from fedtune.errors import ContextMismatch, LateMessage
 from fedtune.types import RoundContext
 
 
@@ -12,6 +12,8 @@ def check_context(actual: RoundContext, expected: RoundContext) -> None:
     """Raise `ContextMismatch`, naming the first field that differs."""
     if actual == expected:
         return
+    if actual.round < expected.round and replace(actual, round=expected.round) == expected:
+        raise LateMessage(f"a message of round {actual.round} in round {expected.round}")
     for name, words in _FIELDS.items():
         theirs, ours = getattr(actual, name), getattr(expected, name)
         if replace(expected, **{name: theirs}) != expected:

@@ -67,7 +67,9 @@ def test_any_bytes_are_refused_with_the_right_error(payload, decode):
         return
 
 
-@given(st.builds(codec.TrainReply, CONTEXT, st.just(b"\0" * 4), st.just(3), NUMBER, NUMBER), st.data())
+@given(
+    st.builds(codec.TrainReply, CONTEXT, st.just(b"\0" * 4), st.just(3), NUMBER, NUMBER), st.data()
+)
 def test_a_flipped_byte_is_refused_or_gives_plausible_values(message, data):
     payload = bytearray(codec.encode_train_reply(message))
     payload[data.draw(st.integers(0, len(payload) - 1))] ^= data.draw(st.integers(1, 255))

@@ -31,16 +31,14 @@ def varint(number: int) -> bytes:
 
 
 def encode(fields: Fields) -> bytes:
-    """Fields in their order; proto3 leaves out what is zero or empty."""
+    """Fields in their order; all have presence, so zeros are written too."""
     out = b""
     for number, value in fields:
         if isinstance(value, float):
-            if value != 0:
-                out += varint(number << 3 | 1) + struct.pack("<d", value)
+            out += varint(number << 3 | 1) + struct.pack("<d", value)
         elif isinstance(value, int):
-            if value:
-                out += varint(number << 3) + varint(value)
-        elif value:
+            out += varint(number << 3) + varint(value)
+        else:
             data = value.encode() if isinstance(value, str) else value
             out += varint(number << 3 | 2) + varint(len(data)) + data
     return out
@@ -77,9 +75,9 @@ def evaluate_reply(examples: int, correct: int, loss_sum: float) -> Fields:
     return [(1, 1), (2, context()), (3, examples), (4, correct), (5, loss_sum)]
 
 
-def adapter_request(adapter: bytes = ADAPTER, **changes: Any) -> Fields:
-    """Fields of a TrainRequest and of an EvaluateRequest."""
-    return [(1, 1), (2, context(**changes)), (3, adapter)]
+def adapter_request(adapter: bytes = ADAPTER, number: int = 3, **changes: Any) -> Fields:
+    """Fields of a TrainRequest (3) and of an EvaluateRequest (4)."""
+    return [(1, 1), (2, context(**changes)), (number, adapter)]
 
 
 def good() -> list[dict[str, Any]]:
@@ -99,7 +97,7 @@ def good() -> list[dict[str, Any]]:
             },
         ),
         ("train_request", 12, adapter_request(), request),
-        ("evaluate_request", 12, adapter_request(), request),
+        ("evaluate_request", 12, adapter_request(number=4), request),
         (
             "train_reply",
             6,
@@ -152,8 +150,12 @@ def bad() -> list[dict[str, Any]]:
         ("bad_context_field", "hello", 0, encode([(1, 1), (2, context() + b"\x48\x01"), (3, "x")])),
         ("bad_adapter_short", "train_request", 12, encode(adapter_request(ADAPTER[:-1]))),
         ("bad_adapter_long", "train_request", 12, encode(adapter_request(ADAPTER + b"\0"))),
-        ("bad_adapter_empty", "evaluate_request", 12, encode(adapter_request(b""))),
+        ("bad_adapter_empty", "evaluate_request", 12, encode(adapter_request(b"", 4))),
         ("bad_cut", "train_request", 12, long[:-5]),
+        ("bad_kind", "evaluate_request", 12, long),
+        ("bad_no_test_count", "hello", 0, encode(hello()[:-1])),
+        ("bad_no_seconds", "train_reply", 6, encode(train_reply()[:-1])),
+        ("bad_no_loss_sum", "evaluate_reply", 0, encode(evaluate_reply(3, 2, 1.0)[:-1])),
         ("bad_update_short", "train_reply", 6, encode(train_reply(UPDATE[:-2]))),
         ("bad_no_examples", "train_reply", 6, encode(train_reply(examples=0))),
         ("bad_examples", "train_reply", 6, encode(train_reply(examples=10**12 + 1))),

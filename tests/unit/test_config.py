@@ -1,0 +1,314 @@
+"""Configuration: round trips, what is agreed upon, and what a person is told."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from fedtune.config import (
+    PRESETS,
+    Config,
+    known_keys,
+    load_config,
+    load_preset,
+    parse_config,
+    preset_names,
+)
+from fedtune.errors import ConfigError
+
+POSITIVE = st.floats(0, exclude_min=True, allow_nan=False, allow_infinity=False)
+FRACTION = st.floats(0, 1, exclude_min=True, exclude_max=True)
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30)
+DOCUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 2**32 - 1),
+        "base": st.fixed_dictionaries({}, optional={"path": TEXT, "pooling": st.just("cls")}),
+        "adapter": st.fixed_dictionaries(
+            {}, optional={"alpha": POSITIVE, "targets": st.lists(TEXT, max_size=3)}
+        ),
+        "data": st.fixed_dictionaries(
+            {},
+            optional={
+                "source": TEXT,
+                "partition": TEXT,
+                "test-fraction": FRACTION,
+                "labels": st.lists(TEXT, max_size=3),
+            },
+        ),
+        "train": st.fixed_dictionaries(
+            {},
+            optional={
+                "lr": POSITIVE,
+                "weight-decay": POSITIVE,
+                "max-grad-norm": POSITIVE,
+                "device": st.sampled_from(["auto", "cpu", "cuda:3", "mps"]),
+            },
+        ),
+        "rounds": st.fixed_dictionaries(
+            {}, optional={"clients-per-round": st.integers(5, 50), "min-clients": st.integers(1, 5)}
+        ),
+        "update": st.fixed_dictionaries({}, optional={"compress": st.just("float16")}),
+    },
+)
+
+
+def _parse(*overrides: str) -> Config:
+    return parse_config("", "test", overrides)
+
+
+@given(DOCUMENTS)
+def test_to_toml_and_back(document: dict[str, Any]):
+    import tomli_w
+
+    config = parse_config(tomli_w.dumps(document), "test")
+    text = config.to_toml()
+    again = parse_config(text, "test")
+    assert again == config
+    assert again.digest == config.digest
+    # Python's own TOML reader finds what was asked for.
+    written = tomllib.loads(text)
+    for table, value in document.items():
+        if isinstance(value, dict):
+            assert {key: written[table][key] for key in value} == value
+        else:
+            assert written[table] == value
+
+
+def _tables() -> dict[str, type[BaseModel]]:
+    """Every table of the configuration by name."""
+    return {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+
+
+def test_every_key_has_a_description_and_a_default():
+    described = dict(known_keys())
+    keys = {
+        f"{name}.{key.replace('_', '-')}"
+        for name, table in _tables().items()
+        for key in table.model_fields
+    }
+    assert set(described) == keys | {"seed"}
+    assert [key for key, text in described.items() if len(text) < 10] == []
+    assert parse_config("", "test") == Config()
+
+
+def test_every_preset_loads_and_is_what_its_file_says():
+    assert "hospitals" in preset_names()
+    for name in preset_names():
+        config = load_preset(name)
+        said = tomllib.loads((PRESETS / f"{name}.toml").read_text())
+        written = tomllib.loads(config.to_toml())
+        for table, value in said.items():
+            if isinstance(value, dict):
+                assert {key: written[table][key] for key in value} == value
+            else:
+                assert written[table] == value
+    with pytest.raises(ConfigError, match="hospitals"):
+        load_preset("hospital")
+
+
+def test_keys_of_a_preset_can_be_left_out():
+    assert load_preset("hospitals").data.clients == 8
+    assert load_preset("hospitals", without=["data.clients", "data.nothing"]).data.clients is None
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("train.lr=1e-3", lambda c: c.train.lr == 1e-3),
+        ("train.lr=1", lambda c: c.train.lr == 1.0),
+        ("seed=7", lambda c: c.seed == 7),
+        ("data.source=/some/folder", lambda c: c.data.source == "/some/folder"),
+        ("data.source=a=b", lambda c: c.data.source == "a=b"),
+        ("data.source = 'quoted' ", lambda c: c.data.source == "quoted"),
+        ("data.partition=dirichlet:0.3", lambda c: c.data.partition == "dirichlet:0.3"),
+        ('adapter.targets=["a", "b"]', lambda c: c.adapter.targets == ("a", "b")),
+        ("train.schedule=linear", lambda c: c.train.schedule == "linear"),
+    ],
+)
+def test_override(override, read):
+    assert read(_parse(override))
+
+
+def test_the_last_override_wins_over_the_file():
+    config = parse_config("[train]\nlr = 0.5\n", "test", ["train.lr=0.25", "train.lr=0.125"])
+    assert config.train.lr == 0.125
+
+
+@pytest.mark.parametrize(
+    "override", ["train.lr", "=3", "train..lr=1", ".lr=1", "seed.deep=1", "train=3"]
+)
+def test_an_override_that_is_none(override):
+    with pytest.raises(
+        ConfigError, match=override.split(".", maxsplit=1)[0].strip("=3") or "--set"
+    ):
+        _parse(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.batchsize=4", "train.batch-size"),
+        pytest.param(
+            "train.batch_size=4",
+            "train.batch-size",
+        ),
+        ("data.sorce=x", "data.source"),
+        pytest.param(
+            "rounds.lr=1",
+            "train.lr",
+        ),
+        ("sed=1", "seed"),
+        ("lr=1", "train.lr"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(override, nearest):
+    with pytest.raises(ConfigError, match=rf"did you mean {nearest}\?"):
+        _parse(override)
+
+
+def test_an_unknown_key_that_is_like_none_is_refused_with_those_of_its_table():
+    with pytest.raises(ConfigError, match="compress"):
+        _parse("update.zzzzzzzz=1")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=-1",
+        "seed=4294967296",
+        "seed=1.5",
+        "seed=true",
+        "train.steps=0",
+        "train.steps='3'",
+        "train.lr=0",
+        "train.lr=inf",
+        "train.lr=nan",
+        "train.final-lr-fraction=nan",
+        "train.max-grad-norm=-1",
+        "train.device=gpu",
+        "train.device=cuda:",
+        "train.device=cuda:x",
+        "train.device=cpu:0",
+        "adapter.dropout=1.0",
+        "adapter.rank=0",
+        "adapter.targets=query",
+        "data.test-fraction=1",
+        "rounds.timeout=0",
+        "aggregate.server-momentum=1",
+        "aggregate.rule=krum",
+        "update.compress=zip",
+        "base.path=''",
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_key(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0].partition(".")[0]):
+        _parse(override)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("rounds.min-clients=5", "rounds.clients-per-round=4"),
+        ("rounds.min-clients=5", "data.clients=4"),
+        ("rounds.clients-per-round=5", "data.clients=4"),
+    ],
+)
+def test_a_cohort_that_can_never_be_is_refused(overrides):
+    with pytest.raises(ConfigError, match=overrides[0].partition("=")[0]):
+        _parse(*overrides)
+    key, _, _ = overrides[0].partition("=")
+    assert _parse(f"{key}=4", *overrides[1:]) != Config()
+
+
+def test_all_errors_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        _parse("train.steps=0", "adapter.rank=0")
+    assert "train.steps" in str(caught.value)
+    assert "adapter.rank" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.device=cuda",
+        "train.threads=7",
+        "data.source=/elsewhere",
+        "data.partition=iid",
+        "data.clients=3",
+        "data.text-column=note",
+        "data.test-fraction=0.5",
+    ],
+)
+def test_what_is_each_machines_own_business_is_not_in_the_digest(override):
+    config = _parse(override)
+    assert config != Config()
+    assert config.digest == Config().digest
+
+
+def _other(key: str, default: object) -> str:
+    """An override that gives `key` another value than its default."""
+    words = {
+        "base.path": ["other"],
+        "base.pooling": ["cls", "mean"],
+        "train.schedule": ["linear", "cosine"],
+        "train.optimizer": ["sgd", "adamw"],
+        "train.precision": ["bf16", "float32"],
+        "aggregate.weighting": ["uniform", "examples"],
+        "aggregate.server-optimizer": ["adam", "sgd"],
+        "update.compress": ["float16", "none"],
+    }
+    if key in words:
+        return next(word for word in words[key] if word != default)
+    if isinstance(default, tuple):
+        return '["x"]'
+    if isinstance(default, float):
+        return str(default / 2 if default else 0.5)
+    return str(int(default) + 1 if isinstance(default, int) else 1)
+
+
+def test_everything_else_is_in_the_digest():
+    digests = {"": Config().digest}
+    not_agreed = {"base.path", "train.device", "train.threads", "adapter.kind", "aggregate.rule"}
+    for name, table in _tables().items():
+        for key, field in table.model_fields.items():
+            path = f"{name}.{key.replace('_', '-')}"
+            if name != "data" and path not in not_agreed:
+                digests[path] = _parse(f"{path}={_other(path, field.default)}").digest
+    digests["seed"] = _parse("seed=1").digest
+    digests["data.labels"] = _parse('data.labels=["a", "b"]').digest
+    digests["data.labels in another order"] = _parse('data.labels=["b", "a"]').digest
+    same: dict[str, list[str]] = {}
+    for key, digest in digests.items():
+        same.setdefault(digest, []).append(key)
+    assert [keys for keys in same.values() if len(keys) > 1] == []
+    assert len(digests) > 30
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().train.lr = 1.0  # type: ignore[misc]
+
+
+def test_files(tmp_path):
+    path = tmp_path / "federation.toml"
+    with pytest.raises(ConfigError, match=r"federation\.toml"):
+        load_config(path)
+    path.write_bytes(b"seed = 3\n# \xff")
+    with pytest.raises(ConfigError, match=r"federation\.toml"):
+        load_config(path)
+    path.write_text("seed = ")
+    with pytest.raises(ConfigError, match="TOML"):
+        load_config(path)
+    path.write_text("seed = 3\n[train]\nlr = 0.5\n")
+    assert load_config(path, ["train.lr=0.25"]) == _parse("seed=3", "train.lr=0.25")
