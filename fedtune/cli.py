@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from fedtune.errors import FedtuneError, UsageError
@@ -179,15 +180,24 @@ def root(
 def main() -> None:
     """Run the command line; errors of fedtune end in one line and an exit code."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _complain(error.format_message(), error.exit_code)
     except FedtuneError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"fedtune: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        print("fedtune: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _complain(str(error), 2 if isinstance(error, UsageError) else 1)
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted", 130)
+
+
+def _complain(text: str, code: int) -> None:
+    """One line on stderr, whatever the text quotes, and the exit code."""
+    print(f"fedtune: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

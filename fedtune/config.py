@@ -276,10 +276,12 @@ def _apply(value: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: write it as table.key=value")
+    parsed: Any = text.strip()  # a bare word is a string, so that no shell quoting is needed
     try:
-        parsed = tomllib.loads(f"value = {text}")["value"]
+        document = tomllib.loads(f"value = {text}")
+        parsed = document["value"] if len(document) == 1 else parsed
     except tomllib.TOMLDecodeError:
-        parsed = text.strip()  # a bare word is a string, so that no shell quoting is needed
+        pass
     for key in keys[:-1]:
         table = value.setdefault(key, {})
         if not isinstance(table, dict):
@@ -305,6 +307,9 @@ def _describe(detail: ErrorDetails) -> str:
 def _nearest(key: str, known: list[str]) -> str:
     """A hint at the known key that is most like `key`: in its table, else by its last part."""
     table, _, tail = key.rpartition(".")
+    tables = sorted({name.rpartition(".")[0] for name in known} - {""})
+    if table and table not in tables and (match := difflib.get_close_matches(table, tables, 1)):
+        table = match[0]
     here = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == table}
     anywhere = {name.rpartition(".")[2]: name for name in known}
     for names, cutoff in ((here, 0.6), (anywhere, 0.7)):

@@ -7,6 +7,8 @@ import os
 import secrets
 from pathlib import Path
 
+TEMPORARY = ".tmp-"  # begins the names of files that are not yet whole
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Put `data` at `path`; whoever reads `path`, even after a crash, sees all of old or new.
@@ -15,7 +17,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     # In the same folder, because a rename is only atomic within one file system. Opened like any
     # file (mkstemp would make it private): the umask decides who may read it.
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as file:
             file.write(data)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedtune.base.resolve import digest_base, resolve_base
@@ -121,7 +120,7 @@ def _load_encoder(folder: Path) -> nn.Module:
             output_loading_info=True,
             **extra,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers raises its own kinds for broken configurations
         raise BaseModelError(
             f"base model {folder}: cannot be loaded: {_first_line(error)}"
         ) from error

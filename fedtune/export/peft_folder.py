@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from fedtune.errors import RunFolderError
@@ -63,6 +64,9 @@ def write_adapter(
     fresh.mkdir(parents=True)
     peft_config.base_model_name_or_path = passport.base
     peft_config.inference_mode = True
+    if peft_config.target_modules is not None:
+        # peft keeps a set, whose order differs from process to process.
+        peft_config.target_modules = sorted(peft_config.target_modules)
     peft_config.save_pretrained(fresh)
     write_atomic(fresh / WEIGHTS, save(manifest.split(adapter), metadata={"format": "pt"}))
     write_json(fresh / PASSPORT, asdict(passport))
@@ -74,7 +78,7 @@ def read_adapter(folder: Path, manifest: Manifest) -> Float32Vector:
     path = folder / WEIGHTS
     try:
         return manifest.join(load_file(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise RunFolderError(f"{path}: not an adapter for this base model: {error}") from error
 
 

@@ -44,6 +44,7 @@ class Journal:
         self._path = path
         self._db = connection
         self._lock = lock
+        self._closed = False
 
     @classmethod
     def create(cls, path: Path, identity: dict[str, str], state: GlobalState) -> Self:
@@ -69,6 +70,8 @@ class Journal:
         try:
             journal = cls(path, _connect(path), lock)
             found = journal.identity().get("format")
+            if journal._last() < 0:
+                raise sqlite3.DatabaseError("it has no rounds")
         except sqlite3.DatabaseError as error:
             _unlock(path, lock)
             raise RunFolderError(f"{path}: not a journal: {error}") from error
@@ -78,9 +81,11 @@ class Journal:
         return journal
 
     def close(self) -> None:
-        """Let another process have it."""
-        self._db.close()
-        _unlock(self._path, self._lock)
+        """Let another process have it; a second time is harmless."""
+        if not self._closed:
+            self._closed = True
+            self._db.close()
+            _unlock(self._path, self._lock)
 
     def identity(self) -> dict[str, str]:
         """What the run is about: run id and the digests agreed upon."""
@@ -116,7 +121,7 @@ class Journal:
 
     def _last(self) -> int:
         (number,) = self._db.execute("SELECT max(round) FROM rounds").fetchone()
-        return int(number)
+        return -1 if number is None else int(number)
 
     def _best(self) -> int | None:
         evaluated = [r for r in self.records() if r.accuracy is not None]

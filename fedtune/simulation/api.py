@@ -82,22 +82,23 @@ def simulate(
     `JobError` when the run fails; its folder then tells how far it came.
     """
     lora = adapter or LoRA()
+    if not clients:
+        raise DataError("simulate() needs at least one client")
     config = _config(base, lora, clients, rounds, seed, settings or {})
     if out is not None and not resume:
         check_new(Path(out))
     job = _job(config, base, lora, clients, test, loss)
     path = Path(out) if out is not None else free_path(Path("runs"), "simulation")
-    if resume and path.exists():
-        run = RunFolder.open(path)
-        check_same_job(job, run)
-    else:
-        run = create_run(job, path, references)
-    progress = make_progress(sys.stderr, quiet)
-    progress.started([f"{len(clients)} clients, {rounds} rounds"], rounds)
-    for warning in job.warnings:
-        progress.note(warning)
-    options = Options(workers, references=references)
-    outcome = Simulation(job, run, options, progress, on_round).execute()
+    again = resume and path.exists()
+    with RunFolder.open(path) if again else create_run(job, path, references) as run:
+        if again:
+            check_same_job(job, run)
+        progress = make_progress(sys.stderr, quiet)
+        progress.started([f"{len(clients)} clients, {rounds} rounds"], rounds)
+        for warning in job.warnings:
+            progress.note(warning)
+        options = Options(workers, references=references)
+        outcome = Simulation(job, run, options, progress, on_round).execute()
     if outcome.error:
         raise outcome.error
     return _finished(job, outcome)
@@ -145,8 +146,6 @@ def _job(
     test: Sequence[Any] | None,
     loss: Callable[[nn.Module, Any], Tensor] | None,
 ) -> Job:
-    if not clients:
-        raise DataError("simulate() needs at least one client")
     names = [client.name for client in clients]
     if len(set(names)) < len(names):
         raise DataError("every client needs a name of its own")

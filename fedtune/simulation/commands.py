@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,46 +49,46 @@ def simulate(request: SimulateRequest, as_json: bool) -> int:
     """Run or continue a simulation and show it; raises `UsageError` before anything is written."""
     _require_packages()
     progress = make_progress(quiet=as_json)
-    if request.resume:
-        _refuse_with_resume(request)
-        run = RunFolder.open(request.resume)
-        config = run.config
-        references = request.references or run.journal.identity().get("references") == "yes"
-    else:
+    with ExitStack() as stack:
         run = None
-        config = resolve_config(request)
-        references = request.references
-        if request.out:
-            check_new(request.out)
-    # Only now the imports that take seconds: wrong flags are told at once.
-    from fedtune.simulation.job import text_job
-    from fedtune.simulation.run import Options, Simulation, check_same_job, create_run
+        if request.resume:
+            _refuse_with_resume(request)
+            run = stack.enter_context(RunFolder.open(request.resume))
+            config = run.config
+            references = request.references or run.journal.identity().get("references") == "yes"
+        else:
+            config = resolve_config(request)
+            references = request.references
+            if request.out:
+                check_new(request.out)
+        # Only now the imports that take seconds: wrong flags are told at once.
+        from fedtune.simulation.job import text_job
+        from fedtune.simulation.run import Options, Simulation, check_same_job, create_run
 
-    job = text_job(config)
-    if run is None:
-        run = create_run(job, request.out or free_path(RUNS, _name(request)), references)
-    else:
-        check_same_job(job, run)
-    progress.started(
-        [
-            f"{len(job.clients)} clients, {config.rounds.count} rounds: {job.data_words}",
-            f"base {job.base_name}, {job.adapter_words}, "
-            f"{job.adapter.manifest.size:,} parameters travel",
-        ],
-        config.rounds.count,
-    )
-    for warning in job.warnings:
-        progress.note(warning)
-    options = Options(request.workers, request.wire, references)
-    try:
-        outcome = Simulation(job, run, options, progress).execute()
-    except KeyboardInterrupt:
-        progress.finished()
-        print(
-            f"\nfedtune: interrupted; go on with: fedtune simulate --resume {run.path}",
-            file=sys.stderr,
+        job = text_job(config)
+        if run is None:
+            path = request.out or free_path(RUNS, _name(request))
+            run = stack.enter_context(create_run(job, path, references))
+        else:
+            check_same_job(job, run)
+        progress.started(
+            [
+                f"{len(job.clients)} clients, {config.rounds.count} rounds: {job.data_words}",
+                f"base {job.base_name}, {job.adapter_words}, "
+                f"{job.adapter.manifest.size:,} parameters travel",
+            ],
+            config.rounds.count,
         )
-        return 130
+        for warning in job.warnings:
+            progress.note(warning)
+        options = Options(request.workers, request.wire, references)
+        try:
+            outcome = Simulation(job, run, options, progress).execute()
+        except KeyboardInterrupt:
+            progress.finished()
+            resume = f"fedtune simulate --resume {run.path}"
+            print(f"\nfedtune: interrupted; go on with: {resume}", file=sys.stderr)
+            return 130
     _show(outcome.summary, outcome.path, as_json)
     if outcome.error:
         print(f"fedtune: the run failed: {outcome.error}", file=sys.stderr)
@@ -102,7 +103,7 @@ def report(path: Path, as_json: bool) -> int:
         summary = Summary.from_json(json.loads(text))
         lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
         records = [RoundRecord.from_json(json.loads(line)) for line in lines]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RunFolderError) as error:
         raise RunFolderError(f"{path}: not the folder of a finished run: {error}") from error
     write_atomic(path / REPORT, render_html(summary, records).encode())
     _show(summary, path, as_json)

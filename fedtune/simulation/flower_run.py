@@ -36,11 +36,11 @@ def server_app() -> ServerApp:
         out = Path(given) if given else free_path(Path("runs"), "flower")
         check_new(out)
         job = text_job(config)
-        run = create_run(job, out, references=False)
         progress = make_progress()
         progress.started([f"{len(job.clients)} clients on Flower's engine"], config.rounds.count)
-        # Evaluation in this process: the workers here are Flower's.
-        outcome = Simulation(job, run, Options(workers=0), progress, grid=grid).execute()
+        with create_run(job, out, references=False) as run:
+            # Evaluation in this process: the workers here are Flower's.
+            outcome = Simulation(job, run, Options(workers=0), progress, grid=grid).execute()
         if outcome.error:
             raise outcome.error
 

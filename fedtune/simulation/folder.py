@@ -11,7 +11,7 @@ from typing import Self
 
 from fedtune.config import Config, load_config
 from fedtune.errors import RunFolderError
-from fedtune.files import write_atomic
+from fedtune.files import TEMPORARY, write_atomic
 from fedtune.records import RoundRecord
 from fedtune.round.journal import Journal
 from fedtune.round.server import GlobalState
@@ -42,9 +42,11 @@ class RunFolder:
         It is built under another name and renamed, so that it is never half there.
         """
         check_new(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        fresh.mkdir()
+        try:
+            fresh.mkdir(parents=True)
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be made: {error.strerror}") from error
         try:
             write_atomic(fresh / CONFIG, config.to_toml().encode())
             Journal.create(fresh / JOURNAL, identity, state).close()
@@ -65,8 +67,16 @@ class RunFolder:
         config = load_config(path / CONFIG)
         return cls(path, config, Journal.open(path / JOURNAL))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.journal.close()
+
     def rewrite_metrics(self) -> None:
-        """Make `metrics.jsonl` say exactly what the journal says."""
+        """Make `metrics.jsonl` say exactly what the journal says; sweep up after a kill."""
+        for left_behind in self.path.glob(f"{TEMPORARY}*"):
+            left_behind.unlink()
         lines = [_line(record) for record in self.journal.records()]
         write_atomic(self.path / METRICS, "".join(lines).encode())
 

@@ -17,7 +17,7 @@ from fedtune.adapter.lora import AttachedAdapter, LoRA, attach_lora, target_name
 from fedtune.base.classifier import BaseModel
 from fedtune.config import Config, Train
 from fedtune.data import FederatedData, PartitionSpec, TextExamples, load_icd10, load_path
-from fedtune.errors import DataError
+from fedtune.errors import ConfigError, DataError
 from fedtune.round.client import ClientMachine
 from fedtune.train.task import (
     CustomTask,
@@ -117,6 +117,7 @@ def text_job(config: Config, data: FederatedData | None = None) -> Job:
     data = data or load_data(config)  # before the base model: wrong data is told sooner
     if len(data.labels) < 2:
         raise DataError(f"classification needs at least 2 labels; all rows have {data.labels[0]!r}")
+    check_cohort(config, len(data.clients))
     model = TextModel(config, len(data.labels))
     return Job(
         config=config,
@@ -141,6 +142,16 @@ def text_job(config: Config, data: FederatedData | None = None) -> Job:
         warnings=data.warnings,
         has_classifier=True,
     )
+
+
+def check_cohort(config: Config, clients: int) -> None:
+    """Raise `ConfigError` if the rounds ask for more clients than there are."""
+    for key, value in (
+        ("rounds.clients-per-round", config.rounds.clients_per_round),
+        ("rounds.min-clients", config.rounds.min_clients),
+    ):
+        if value is not None and value > clients:
+            raise ConfigError(f"{key} = {value}, but there are {clients} clients; lower it")
 
 
 class TextModel:
@@ -178,6 +189,7 @@ def custom_job(
     """A user's own module, rows and loss; `clients` are (name, training rows, test rows)."""
     torch.set_num_threads(1)
     choose_device(config.train.device)
+    check_cohort(config, len(clients))
     base_digest = digest_module(module)
     attached = attach_lora(module, lora, config.seed)
     task = CustomTask(loss)

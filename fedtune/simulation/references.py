@@ -45,12 +45,13 @@ class ReferenceResult:
 def run_references(
     pool: Pool, job: Job, initial: Float32Vector, progress: Callable[[int, int], None]
 ) -> dict[str, ReferenceResult]:
-    """`centralized`, `alone:PLACE` for each client and, for texts, `linear-head`.
+    """`centralized`, `alone:PLACE` for each client that can be tested, for texts `linear-head`.
 
     They are trained in the workers; raises `JobError` if one of them fails.
     """
     # The longest first: it decides when all are done.
-    names = ["centralized", *(f"alone:{place}" for place in range(len(job.clients)))]
+    testable = [p for p, client in enumerate(job.clients) if job.test or client.test]
+    names = ["centralized", *(f"alone:{place}" for place in testable)]
     if job.has_classifier:
         names.append("linear-head")
 
@@ -59,6 +60,8 @@ def run_references(
 
     tasks = [Task(place, "reference", partial(payload, name)) for place, name in enumerate(names)]
     results: dict[str, ReferenceResult] = {}
+    if not testable:
+        raise JobError("there is no test set to compare on")
     progress(0, len(tasks))
     for key, result in pool.run(tasks):
         if isinstance(result, Failed):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from fedtune.config import load_config
 from fedtune.data.labelled import load_examples
-from fedtune.errors import BaseModelError, ConfigError
+from fedtune.errors import BaseModelError, ConfigError, RunFolderError
 from fedtune.export.merged import CLASSIFIER, export_merged
 from fedtune.export.peft_folder import Passport, read_adapter, write_adapter
-from fedtune.simulation.folder import ADAPTER, CONFIG, check_new
+from fedtune.simulation.folder import ADAPTER, CONFIG
 from fedtune.simulation.job import TextModel
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
 
@@ -39,7 +39,8 @@ def export(path: Path, out: Path, kind: str) -> int:
     """Write the model of a run to the new folder `out`; returns the exit code."""
     if kind not in ("merged", "adapter"):
         raise ConfigError(f"--format {kind}: there is merged and adapter")
-    check_new(out)
+    if out.exists():
+        raise RunFolderError(f"{out} exists already; choose another --out")
     passport, model = _load_model(path)
     if kind == "merged":
         export_merged(model.adapter, model.base, passport, out)

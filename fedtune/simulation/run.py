@@ -145,8 +145,7 @@ class Simulation:
 
     def client_refused(self, node: int, reason: str) -> None:
         """See `flower.strategy.Observer`."""
-        name = self._job.clients[node - 2].name
-        self._refused.append(f"{name} does not take part: {reason}")
+        self._refused.append(f"node {node} was refused: {reason}")
         self._progress.note(self._refused[-1])
 
     def _rounds(self, pool: Pool) -> None:
@@ -191,7 +190,6 @@ class Simulation:
         write_json(path / names.SUMMARY, summary.to_json())
         write_atomic(path / names.REPORT, render_html(summary, records).encode())
         write_events(path / names.TENSORBOARD, records)
-        self._run.journal.close()
         return Outcome(path, summary, tuple(records), state.adapter, error)
 
     def _summary(
@@ -303,6 +301,7 @@ def own_mix_accuracy(
 
     Σ_c mix_c · recall_c / Σ_c mix_c over the labels c that the test set has; None if none.
     """
+    mix = np.pad(mix, (0, max(0, int(found.labels.max()) + 1 - len(mix))))
     totals = np.bincount(found.labels, minlength=len(mix))
     right = np.bincount(found.labels[found.predictions == found.labels], minlength=len(mix))
     seen = totals > 0
