@@ -4,7 +4,7 @@
     python benchmarks/memory.py --reps 3
 
 Both run `fedtune simulate` with two workers on texts of the same sort, as many per client (64 on
-average), ten steps per client and three rounds. Memory is read every tenth of a second (PSS every
+average), two steps per client and three rounds. Memory is read every tenth of a second (PSS every
 fifth): the sum over all processes, where RSS counts a shared page once for each process and PSS
 divides it, and the largest single process. Linux only.
 """
@@ -61,7 +61,7 @@ def main() -> None:
         folder = Path(name)
         jobs = {
             clients: prepare_job(
-                Job(folder / f"job-{clients}", clients, 10, 3, 64, min(clients, DRAWN))
+                Job(folder / f"job-{clients}", clients, 2, 3, 64, min(clients, DRAWN))
             )
             for clients in runs
         }

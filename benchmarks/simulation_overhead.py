@@ -21,8 +21,9 @@ padded to 64 |
 A path counts only if its final adapter is within 1e-3 (relative L2 distance) of that of `bare`.
 
 Start-up is from spawning the process to the beginning of round 1; total is to its exit. Nobody
-evaluates. Repetitions are interleaved. Memory is that of all processes of a path, read once a
-second. Linux only; other work on the machine shows in all figures, so run it alone.
+evaluates. Repetitions are interleaved. Memory and CPU time are those of all processes of a path;
+PSS is read once a second. Linux only. Run it alone on the machine: other work shows in all figures
+but CPU time, and most of all where two threads wait for each other (`bare`, `pfl`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ from peers.measure import adopt_orphans
 from peers.runs import Adapter, Run, distance, prepare_job, run_path
 
 FLOWER = ("flower-usual", "flower-usual-dynpad", "flower-careful")
-PATHS = ("bare", "bare-2proc", *FLOWER, "pfl", "fedtune")
+REFERENCES = ("bare", "bare-2proc")  # what the others are compared with
+PATHS = (*REFERENCES, *FLOWER, "pfl", "fedtune")
 SCENARIOS = {
     "smoke": {"clients": 3, "steps": 2, "rounds": 2, "rows": 32},
     "silo": {"clients": 8, "steps": 10, "rounds": 3, "rows": 420},
@@ -98,9 +100,10 @@ class Results:
 
     def table(self) -> str:
         """One row per path, in Markdown."""
-        head = ["path", "start-up s", "first round s", "later rounds s", "× bare", "× bare-2proc"]
-        head += ["total s", "× bare", "× bare-2proc", "peak RSS MiB", "peak PSS MiB"]
-        head += ["distance to bare", "runs"]
+        head = ["path", "start-up s", "first round s"]
+        for words in ("later rounds", "total"):
+            head += [f"{words} s", *(f"{words} × {path}" for path in REFERENCES)]
+        head += ["CPU s", "peak RSS MiB", "peak PSS MiB", "distance to bare", "runs"]
         rows = [head, ["---"] * len(head)]
         for path in dict.fromkeys(run.path for run in self.runs):
             counted = self.counted(path)
@@ -110,7 +113,8 @@ class Results:
             cells = [path, self._seconds(path, _startup), self._seconds(path, _first)]
             for value in (_later, _total):
                 cells.append(self._seconds(path, value))
-                cells += [self._ratio(path, value, r) for r in ("bare", "bare-2proc")]
+                cells += [self._ratio(path, value, r) for r in REFERENCES]
+            cells.append(self._seconds(path, _cpu))
             cells += [self._memory(path, _rss), self._memory(path, _pss)]
             cells += [f"{max(run.distance or 0.0 for run in counted):.0e}", str(len(counted))]
             rows.append(cells)
@@ -164,6 +168,10 @@ def _total(run: Run) -> float:
     return run.total_s
 
 
+def _cpu(run: Run) -> float:
+    return run.cpu_s
+
+
 def _rss(run: Run) -> float:
     return run.rss_mib
 
@@ -190,6 +198,8 @@ def run_all(
             load = os.getloadavg()[0]
             run, adapter = run_path(path, job, folder / f"{path}-{repetition}", timeout)
             if path == "bare" and reference is None:
+                if adapter is None:
+                    raise SystemExit(f"there is nothing to compare with: bare {run.failed}")
                 reference = adapter
             if adapter and reference:
                 run = replace(run, distance=distance(adapter, reference))

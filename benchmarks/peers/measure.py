@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import re
+import resource
 import signal
 import subprocess
 import threading
@@ -25,6 +26,7 @@ class Measured:
     status: int
     spawned: float
     total_s: float
+    cpu_s: float  # of all its processes
     rss_mib: float  # sum over all processes; shared pages count once for each
     pss_mib: float  # the same with shared pages divided among those that share them
     largest_mib: float  # resident set of the largest single process
@@ -50,6 +52,7 @@ def measure(
     walks all pages for it. `watch` is called every five milliseconds.
     """
     memory = _Memory(interval)
+    cpu_before = _cpu_of_children()
     with log.open("wb") as output:
         spawned = time.time()
         process = subprocess.Popen(
@@ -73,6 +76,8 @@ def measure(
         process.returncode,
         spawned,
         total,
+        # Ray ends its actors without waiting for them: their time is only in the readings.
+        max(_cpu_of_children() - cpu_before, sum(memory.cpu.values())),
         memory.rss / MIB,
         memory.pss / MIB,
         memory.largest / MIB,
@@ -80,11 +85,12 @@ def measure(
 
 
 class _Memory(threading.Thread):
-    """Peaks over all descendants of this process, in kilobytes."""
+    """Peaks over all descendants of this process, in kilobytes, and their CPU seconds."""
 
     def __init__(self, interval: float) -> None:
         super().__init__(daemon=True)
         self.rss = self.pss = self.largest = 0
+        self.cpu: dict[int, float] = {}
         self._interval = interval
         self._over = threading.Event()
 
@@ -100,13 +106,20 @@ class _Memory(threading.Thread):
 
     def _read(self, with_pss: bool) -> None:
         rss = pss = 0
-        for pid in _descendants():
+        for pid, seconds in _descendants().items():
+            self.cpu[pid] = seconds
             status = _text(pid, "status")
             rss += _kilobytes(status, "VmRSS")
             self.largest = max(self.largest, _kilobytes(status, "VmHWM"))
             if with_pss:
                 pss += _kilobytes(_text(pid, "smaps_rollup"), "Pss")
         self.rss, self.pss = max(self.rss, rss), max(self.pss, pss)
+
+
+def _cpu_of_children() -> float:
+    """Seconds of all processes that have ended and were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _text(pid: int, name: str) -> str:
@@ -121,17 +134,20 @@ def _kilobytes(text: str, key: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _descendants() -> list[int]:
+def _descendants() -> dict[int, float]:
+    """CPU seconds so far of every process below this one."""
     children: dict[int, list[int]] = {}
+    seconds = {}
     for pid in [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]:
         fields = _text(pid, "stat").rpartition(")")[2].split()
         if fields:
             children.setdefault(int(fields[1]), []).append(pid)
+            seconds[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     found, frontier = [], [os.getpid()]
     while frontier:
         frontier = [child for pid in frontier for child in children.get(pid, [])]
         found += frontier
-    return found
+    return {pid: seconds[pid] for pid in found}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

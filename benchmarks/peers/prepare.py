@@ -81,7 +81,6 @@ def federation(job: Job) -> str:
                 "batch-size": job.batch_size,
                 "lr": job.lr,
                 "schedule": "constant",
-                "loss": "cross-entropy",
             },
             "rounds": {"count": job.rounds, "evaluate-every": 0, **drawn},
         }

@@ -31,6 +31,7 @@ class Run:
     startup_s: float = 0.0
     rounds_s: tuple[float, ...] = ()
     total_s: float = 0.0
+    cpu_s: float = 0.0
     rss_mib: float = 0.0
     pss_mib: float = 0.0
     largest_mib: float = 0.0
@@ -152,6 +153,7 @@ def _run(path: str, measured: Measured, startup: float, rounds: list[float]) -> 
         startup,
         tuple(rounds),
         measured.total_s,
+        measured.cpu_s,
         measured.rss_mib,
         measured.pss_mib,
         measured.largest_mib,
@@ -160,4 +162,4 @@ def _run(path: str, measured: Measured, startup: float, rounds: list[float]) -> 
 
 def _failed(path: str, measured: Measured, log: Path) -> Run:
     text = log.read_text(errors="replace")[-3000:]
-    return Run(path, failed=f"exit status {measured.status}\n{text}")
+    return Run(path, failed=f"ended after {measured.total_s:.0f} s with {measured.status}\n{text}")
