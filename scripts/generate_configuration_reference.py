@@ -34,13 +34,17 @@ This page is generated from `fedtune/config.py`.
 def reference() -> str:
     """The whole page."""
     parts = [INTRODUCTION.format(presets=", ".join(f"`{name}`" for name in preset_names()))]
-    top = {n: f for n, f in Config.model_fields.items() if not hasattr(f.annotation, "model_fields")}
+    top = {n: f for n, f in Config.model_fields.items() if not _is_table(f)}
     parts.append(_table("Top level", "", top))
     for name, field in Config.model_fields.items():
         table: Any = field.annotation
-        if hasattr(table, "model_fields"):
+        if _is_table(field):
             parts.append(_table(f"`[{name}]`", table.__doc__ or "", table.model_fields))
     return "\n".join(parts)
+
+
+def _is_table(field: FieldInfo) -> bool:
+    return hasattr(field.annotation, "model_fields")
 
 
 def _table(title: str, words: str, fields: dict[str, FieldInfo]) -> str:
