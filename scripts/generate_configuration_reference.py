@@ -1,6 +1,6 @@
 """Write `docs/configuration.md` from the typed configuration.
 
-    python scripts/generate_configuration_reference.py
+python scripts/generate_configuration_reference.py
 """
 
 from __future__ import annotations
