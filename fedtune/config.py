@@ -311,6 +311,8 @@ def _nearest(key: str, known: list[str]) -> str:
     if table and table not in tables and (match := difflib.get_close_matches(table, tables, 1)):
         table = match[0]
     here = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == table}
+    if not table:
+        here |= {name: f"[{name}]" for name in tables}
     anywhere = {name.rpartition(".")[2]: name for name in known}
     for names, cutoff in ((here, 0.6), (anywhere, 0.7)):
         if match := difflib.get_close_matches(tail.replace("_", "-"), list(names), 1, cutoff):

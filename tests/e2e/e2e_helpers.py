@@ -54,6 +54,10 @@ class _Handle(Protocol):
     def wait(self, timeout: float) -> int | None: ...
 
 
+def _listen_to_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class _Cold:
     process: subprocess.Popen[bytes]
@@ -148,6 +152,8 @@ class Launcher:
                 stdout=stdout,
                 stderr=stderr,
                 start_new_session=True,
+                # As from a terminal: a shell's background job would inherit an ignored SIGINT.
+                preexec_fn=_listen_to_ctrl_c,  # noqa: PLW1509 - no thread of ours holds a lock
             )
         return self._watch(_Cold(process), out)
 
