@@ -10,12 +10,17 @@
     │   └── RunFolderError    a run folder that exists, is missing, or is in use
     ├── WireError             bytes that are not a message of this federation
     │   ├── MalformedMessage  not the wire format, or larger than the limit
+    │   ├── BadSignature      a signature, seal or public key that does not verify
+    │   ├── ProtocolViolation well formed and genuine, but not to be accepted at this point
     │   └── ContextMismatch   well formed, but of another run, round, base model, manifest or config
     │       └── LateMessage   of an earlier round of the same run
+    ├── PolicyRefusal         the site's own policy forbids what the server asks for
     └── JobError              the job itself failed: exit code 1
         ├── TrainingError     local training went wrong at one client (not finite, a crash)
         ├── ClientFailure     one client's round failed; the round goes on without it
-        └── TooFewClients     fewer clients than `rounds.min-clients` are left
+        ├── TooFewClients     fewer clients than `rounds.min-clients` are left
+        ├── UnmaskingFailed   the shares that were revealed do not give the masks back
+        └── BudgetExceeded    the privacy budget does not allow another release
 
 The text of an error says what was wrong, with which input, and what to do.
 """
@@ -55,12 +60,24 @@ class MalformedMessage(WireError):
     """The bytes are not the wire format, or are larger than the limit."""
 
 
+class BadSignature(WireError):
+    """A signature, a seal or a public key does not verify."""
+
+
+class ProtocolViolation(WireError):
+    """A well-formed, genuine message that must not be accepted at this point of the protocol."""
+
+
 class ContextMismatch(WireError):
     """A well-formed message of another run, round, base model, manifest or config."""
 
 
 class LateMessage(ContextMismatch):
     """A message of an earlier round of the same run; ignoring it is enough."""
+
+
+class PolicyRefusal(FedtuneError):
+    """The site's own policy forbids what the server asks for."""
 
 
 class JobError(FedtuneError):
@@ -77,3 +94,11 @@ class ClientFailure(JobError):
 
 class TooFewClients(JobError):
     """Fewer clients than `rounds.min-clients` are left in a round."""
+
+
+class UnmaskingFailed(JobError):
+    """The shares that clients revealed do not give the committed masks back."""
+
+
+class BudgetExceeded(JobError):
+    """The privacy budget does not allow another release."""
