@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
-
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 from fedtune.errors import MalformedMessage
 from fedtune.types import RoundContext
+from fedtune.wire.strict import WIRE_VERSION, parse, serialize
 from fedtune.wire.v1 import messages_pb2 as pb
 
-WIRE_VERSION = 1
 # Everything besides the vector: five digests and ids, a client name, a few numbers.
 ENVELOPE_LIMIT = 4096
 MAX_NAME = 256
 MAX_EXAMPLES = 10**12
-
-ProtoMessage = TypeVar("ProtoMessage", bound=Message)
 
 
 @dataclass(frozen=True)
@@ -76,21 +70,21 @@ class EvaluateReply:
 
 def encode_hello_request(run_id: str) -> bytes:
     """Serialize the question who a client is."""
-    return _serialize(pb.HelloRequest(wire_version=WIRE_VERSION, run_id=run_id))
+    return serialize(pb.HelloRequest(wire_version=WIRE_VERSION, run_id=run_id))
 
 
 def decode_hello_request(payload: bytes) -> str:
     """The run id of the question; raises `MalformedMessage`."""
-    message = _parse(pb.HelloRequest, payload, ENVELOPE_LIMIT)
+    message = parse(pb.HelloRequest, payload, ENVELOPE_LIMIT)
     return _run_id(message.run_id)
 
 
 def encode_hello(hello: Hello) -> bytes:
     """Serialize a greeting."""
-    return _serialize(
+    return serialize(
         pb.Hello(
             wire_version=WIRE_VERSION,
-            context=_context(hello.context),
+            context=write_context(hello.context),
             client=hello.client,
             train_examples=hello.train_examples,
             test_examples=hello.test_examples,
@@ -100,11 +94,11 @@ def encode_hello(hello: Hello) -> bytes:
 
 def decode_hello(payload: bytes) -> Hello:
     """Parse a greeting; raises `MalformedMessage`."""
-    message = _parse(pb.Hello, payload, ENVELOPE_LIMIT)
+    message = parse(pb.Hello, payload, ENVELOPE_LIMIT)
     if not 0 < len(message.client) <= MAX_NAME or not message.client.isprintable():
         raise MalformedMessage("a client's name must be 1 to 256 printable characters")
     return Hello(
-        _read_context(message.context),
+        read_context(message.context),
         message.client,
         _count(message.train_examples, "train_examples"),
         _count(message.test_examples, "test_examples"),
@@ -113,44 +107,48 @@ def decode_hello(payload: bytes) -> Hello:
 
 def encode_train_request(request: TrainRequest) -> bytes:
     """Serialize a request to train."""
-    return _serialize(
+    return serialize(
         pb.TrainRequest(
-            wire_version=WIRE_VERSION, context=_context(request.context), adapter=request.adapter
+            wire_version=WIRE_VERSION,
+            context=write_context(request.context),
+            adapter=request.adapter,
         )
     )
 
 
 def decode_train_request(payload: bytes, vector_bytes: int) -> TrainRequest:
     """Parse a request to train whose adapter must be exactly `vector_bytes` long."""
-    message = _parse(pb.TrainRequest, payload, ENVELOPE_LIMIT + vector_bytes)
+    message = parse(pb.TrainRequest, payload, ENVELOPE_LIMIT + vector_bytes)
     return TrainRequest(
-        _read_context(message.context), _vector(message.adapter, vector_bytes, "adapter")
+        read_context(message.context), _vector(message.adapter, vector_bytes, "adapter")
     )
 
 
 def encode_evaluate_request(request: EvaluateRequest) -> bytes:
     """Serialize a request to evaluate."""
-    return _serialize(
+    return serialize(
         pb.EvaluateRequest(
-            wire_version=WIRE_VERSION, context=_context(request.context), adapter=request.adapter
+            wire_version=WIRE_VERSION,
+            context=write_context(request.context),
+            adapter=request.adapter,
         )
     )
 
 
 def decode_evaluate_request(payload: bytes, vector_bytes: int) -> EvaluateRequest:
     """Parse a request to evaluate whose adapter must be exactly `vector_bytes` long."""
-    message = _parse(pb.EvaluateRequest, payload, ENVELOPE_LIMIT + vector_bytes)
+    message = parse(pb.EvaluateRequest, payload, ENVELOPE_LIMIT + vector_bytes)
     return EvaluateRequest(
-        _read_context(message.context), _vector(message.adapter, vector_bytes, "adapter")
+        read_context(message.context), _vector(message.adapter, vector_bytes, "adapter")
     )
 
 
 def encode_train_reply(reply: TrainReply) -> bytes:
     """Serialize an update."""
-    return _serialize(
+    return serialize(
         pb.TrainReply(
             wire_version=WIRE_VERSION,
-            context=_context(reply.context),
+            context=write_context(reply.context),
             update=reply.update,
             examples=reply.examples,
             loss=reply.loss,
@@ -161,11 +159,11 @@ def encode_train_reply(reply: TrainReply) -> bytes:
 
 def decode_train_reply(payload: bytes, vector_bytes: int) -> TrainReply:
     """Parse an update that must be exactly `vector_bytes` long; raises `MalformedMessage`."""
-    message = _parse(pb.TrainReply, payload, ENVELOPE_LIMIT + vector_bytes)
+    message = parse(pb.TrainReply, payload, ENVELOPE_LIMIT + vector_bytes)
     if message.examples == 0:
         raise MalformedMessage("an update must rest on at least one example")
     return TrainReply(
-        _read_context(message.context),
+        read_context(message.context),
         _vector(message.update, vector_bytes, "update"),
         _count(message.examples, "examples"),
         _finite(message.loss, "loss"),
@@ -175,10 +173,10 @@ def decode_train_reply(payload: bytes, vector_bytes: int) -> TrainReply:
 
 def encode_evaluate_reply(reply: EvaluateReply) -> bytes:
     """Serialize evaluation counts."""
-    return _serialize(
+    return serialize(
         pb.EvaluateReply(
             wire_version=WIRE_VERSION,
-            context=_context(reply.context),
+            context=write_context(reply.context),
             examples=reply.examples,
             correct=reply.correct,
             loss_sum=reply.loss_sum,
@@ -188,50 +186,19 @@ def encode_evaluate_reply(reply: EvaluateReply) -> bytes:
 
 def decode_evaluate_reply(payload: bytes) -> EvaluateReply:
     """Parse evaluation counts; raises `MalformedMessage`."""
-    message = _parse(pb.EvaluateReply, payload, ENVELOPE_LIMIT)
+    message = parse(pb.EvaluateReply, payload, ENVELOPE_LIMIT)
     if message.correct > message.examples:
         raise MalformedMessage("more correct answers than examples")
     return EvaluateReply(
-        _read_context(message.context),
+        read_context(message.context),
         _count(message.examples, "examples"),
         message.correct,
         _finite(message.loss_sum, "loss_sum"),
     )
 
 
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString(deterministic=True)
-
-
-def _parse(kind: type[ProtoMessage], payload: bytes, limit: int) -> ProtoMessage:
-    name = kind.DESCRIPTOR.name
-    if len(payload) > limit:
-        raise MalformedMessage(f"{name} of {len(payload)} bytes is over the limit of {limit}")
-    message = kind()
-    try:
-        message.ParseFromString(payload)
-    except DecodeError as error:
-        raise MalformedMessage(f"not a {name}: {error}") from error
-    parts: list[Message] = [message]
-    if hasattr(message, "context"):
-        parts.append(message.context)
-    for part in parts:
-        # A field that this kind does not know means that the payload is not what it is taken for.
-        if len(UnknownFieldSet(part)):
-            raise MalformedMessage(f"{name} has fields that wire version {WIRE_VERSION} lacks")
-        for field in part.DESCRIPTOR.fields:
-            if not part.HasField(field.name):
-                raise MalformedMessage(f"{name} has no {field.name}")
-    version: int = message.wire_version  # type: ignore[attr-defined]  # every message has one
-    if version != WIRE_VERSION:
-        raise MalformedMessage(
-            f"{name} has wire version {version}, this side speaks {WIRE_VERSION}; "
-            "install the same fedtune on both sides"
-        )
-    return message
-
-
-def _context(context: RoundContext) -> pb.Context:
+def write_context(context: RoundContext) -> pb.Context:
+    """A context as protobuf."""
     return pb.Context(
         run_id=context.run_id,
         round=context.round,
@@ -241,7 +208,8 @@ def _context(context: RoundContext) -> pb.Context:
     )
 
 
-def _read_context(context: pb.Context) -> RoundContext:
+def read_context(context: pb.Context) -> RoundContext:
+    """A context from protobuf; raises `MalformedMessage`."""
     digests = (context.base_digest, context.manifest_digest, context.config_digest)
     if any(len(digest) != 32 for digest in digests):
         raise MalformedMessage("a digest in the context is not 32 bytes long")

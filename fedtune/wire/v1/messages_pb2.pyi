@@ -1,6 +1,7 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -90,3 +91,101 @@ class EvaluateReply(_message.Message):
     correct: int
     loss_sum: float
     def __init__(self, wire_version: _Optional[int] = ..., context: _Optional[_Union[Context, _Mapping]] = ..., examples: _Optional[int] = ..., correct: _Optional[int] = ..., loss_sum: _Optional[float] = ...) -> None: ...
+
+class Envelope(_message.Message):
+    __slots__ = ("wire_version", "kind", "sender", "session", "body", "signature")
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    wire_version: int
+    kind: int
+    sender: str
+    session: bytes
+    body: bytes
+    signature: bytes
+    def __init__(self, wire_version: _Optional[int] = ..., kind: _Optional[int] = ..., sender: _Optional[str] = ..., session: _Optional[bytes] = ..., body: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Invite(_message.Message):
+    __slots__ = ("context", "attempt", "adapter_digest", "roster_digest")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    context: Context
+    attempt: int
+    adapter_digest: bytes
+    roster_digest: bytes
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., attempt: _Optional[int] = ..., adapter_digest: _Optional[bytes] = ..., roster_digest: _Optional[bytes] = ...) -> None: ...
+
+class Advert(_message.Message):
+    __slots__ = ("client", "sealing_key", "masking_key", "commitment", "signature")
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    SEALING_KEY_FIELD_NUMBER: _ClassVar[int]
+    MASKING_KEY_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    sealing_key: bytes
+    masking_key: bytes
+    commitment: bytes
+    signature: bytes
+    def __init__(self, client: _Optional[str] = ..., sealing_key: _Optional[bytes] = ..., masking_key: _Optional[bytes] = ..., commitment: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Cohort(_message.Message):
+    __slots__ = ("adverts",)
+    ADVERTS_FIELD_NUMBER: _ClassVar[int]
+    adverts: _containers.RepeatedCompositeFieldContainer[Advert]
+    def __init__(self, adverts: _Optional[_Iterable[_Union[Advert, _Mapping]]] = ...) -> None: ...
+
+class SealedShares(_message.Message):
+    __slots__ = ("sealed",)
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    sealed: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, sealed: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class MaskedTrainRequest(_message.Message):
+    __slots__ = ("adapter", "sharers", "sealed")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    SHARERS_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    adapter: bytes
+    sharers: _containers.RepeatedScalarFieldContainer[int]
+    sealed: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, adapter: _Optional[bytes] = ..., sharers: _Optional[_Iterable[int]] = ..., sealed: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class MaskedUpdate(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: bytes
+    def __init__(self, values: _Optional[bytes] = ...) -> None: ...
+
+class Survivors(_message.Message):
+    __slots__ = ("places",)
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    places: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, places: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SurvivorsSignature(_message.Message):
+    __slots__ = ("signature",)
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    signature: bytes
+    def __init__(self, signature: _Optional[bytes] = ...) -> None: ...
+
+class Unmasking(_message.Message):
+    __slots__ = ("signers", "signatures")
+    SIGNERS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    signers: _containers.RepeatedScalarFieldContainer[int]
+    signatures: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, signers: _Optional[_Iterable[int]] = ..., signatures: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class Reveal(_message.Message):
+    __slots__ = ("self_masks", "masking_keys")
+    SELF_MASKS_FIELD_NUMBER: _ClassVar[int]
+    MASKING_KEYS_FIELD_NUMBER: _ClassVar[int]
+    self_masks: _containers.RepeatedScalarFieldContainer[bytes]
+    masking_keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, self_masks: _Optional[_Iterable[bytes]] = ..., masking_keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
