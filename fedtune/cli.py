@@ -31,6 +31,8 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
     epilog="Examples:  fedtune simulate  |  fedtune simulate --references  |  "
     "fedtune simulate --data notes.csv --partition column:hospital  |  "
     "fedtune simulate --set train.lr=1e-3 --rounds 20  |  "
+    "fedtune simulate --set secagg.enabled=false  |  "
+    "fedtune simulate --drop 0.2 --drop-at sign  |  "
     "fedtune simulate --resume runs/hospitals"
 )
 def simulate(
@@ -74,6 +76,20 @@ def simulate(
         bool,
         typer.Option("--wire", help="Pass every message through Flower's network format."),
     ] = False,
+    drop: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.99, help="Rehearse failures: this share of a round's clients disappears."
+        ),
+    ] = 0.0,
+    drop_at: Annotated[
+        str,
+        typer.Option(help="At which stage: advertise, share, train, sign or reveal."),
+    ] = "train",
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="A client.toml whose [policy] every simulated site follows."),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -102,6 +118,9 @@ def simulate(
         resume=resume,
         references=references,
         wire=wire,
+        drop=drop,
+        drop_at=drop_at,
+        policy=policy,
         workers=workers,
     )
     raise typer.Exit(commands.simulate(request, as_json))

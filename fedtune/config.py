@@ -12,7 +12,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -164,7 +164,71 @@ class Update(_Table):
     """The steps that an update goes through before it leaves a client."""
 
     compress: Literal["none", "float16"] = "none"
-    """`float16` halves what a client sends."""
+    """`float16` halves what a client sends; not together with `bits`."""
+    clip: Positive | None = None
+    """Scale an update down to this L2 norm if it is longer; unset: no bound. Needs `bits`."""
+    bits: int | None = Field(default=None, ge=9, le=30)
+    """Round an update to integers of so many bits, `clip` being the largest; unset: no rounding."""
+    example_cap: int = Field(default=1000, ge=1, le=2**32)
+    """With `bits` and weighting by examples, a client counts as at most so many."""
+
+    @model_validator(mode="after")
+    def _steps_fit_together(self) -> Self:
+        if (self.clip is None) != (self.bits is None):
+            missing, given = ("clip", "bits") if self.clip is None else ("bits", "clip")
+            raise ValueError(f"update.{given} needs update.{missing}; set both or neither")
+        if self.bits is not None and self.compress != "none":
+            raise ValueError(
+                f"update.compress = {self.compress} and update.bits = {self.bits}: take one of them"
+            )
+        return self
+
+
+class SecAgg(_Table):
+    """Secure aggregation: the server learns the sum of a round's updates, no single one."""
+
+    enabled: bool = False
+    """Whether updates are masked. Needs `update.clip` and `update.bits`."""
+    threshold: float = Field(default=2 / 3, ge=0.5, lt=1)
+    """More than this share of a round's clients must still be there at the end."""
+    colluding: float = Field(default=0.25, ge=0, lt=0.5)
+    """Share of a round's clients that may be in league with the server without harm to others."""
+    neighbours: int | None = Field(default=None, ge=2)
+    """With how many others a client masks; unset: with all. Even; saves time from about 100
+    clients per round on, and withstands fewer colluders."""
+    stage_timeout: Positive = 60.0
+    """Seconds that a client has for an answer that needs no training."""
+
+    @model_validator(mode="after")
+    def _neighbours_are_even(self) -> Self:
+        if self.neighbours is not None and self.neighbours % 2:
+            raise ValueError(f"neighbours must be even, got {self.neighbours}")
+        return self
+
+
+class Privacy(_Table):
+    """Differential privacy: what the result may tell about one record, or about one client."""
+
+    unit: Literal["none", "record", "client"] = "none"
+    """Whose presence is hidden. `record`: one training example, by noise in the training of each
+    client. `client`: all of one client's data, by noise that clients add up under masks."""
+    epsilon: Positive | None = None
+    """The budget: a round that would exceed it is refused. Unset: no limit, only accounting."""
+    delta: Fraction = 1e-5
+    """Probability of the exception that epsilon allows."""
+    noise_multiplier: Positive | None = None
+    """Standard deviation of the noise in units of the clip norm; unset: the least with which all
+    rounds fit into `epsilon`."""
+    example_clip: Positive = 1.0
+    """Unit `record`: each example's gradient is scaled down to this L2 norm."""
+
+    @model_validator(mode="after")
+    def _noise_is_settled(self) -> Self:
+        if self.unit == "none" and (self.epsilon or self.noise_multiplier):
+            raise ValueError("privacy.unit = none has no noise; set it to record or client")
+        if self.unit != "none" and not (self.epsilon or self.noise_multiplier):
+            raise ValueError("set privacy.epsilon, privacy.noise-multiplier, or both")
+        return self
 
 
 class Config(_Table):
@@ -179,6 +243,8 @@ class Config(_Table):
     rounds: Rounds = Rounds()
     aggregate: Aggregate = Aggregate()
     update: Update = Update()
+    secagg: SecAgg = SecAgg()
+    privacy: Privacy = Privacy()
 
     @model_validator(mode="after")
     def _cohort_is_large_enough(self) -> Self:
@@ -203,6 +269,31 @@ class Config(_Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _privacy_is_possible(self) -> Self:
+        if self.secagg.enabled and self.update.bits is None:
+            raise ValueError(
+                "secagg.enabled needs integers: set update.clip and update.bits, as in the preset"
+            )
+        if self.secagg.enabled and (self.rounds.min_clients or 3) < 3:
+            raise ValueError("rounds.min-clients must be at least 3 with secagg.enabled")
+        if self.privacy.unit == "client":
+            if not self.secagg.enabled:
+                raise ValueError(
+                    "privacy.unit = client needs secagg.enabled = true: the server would see "
+                    "each update under its own small share of the noise"
+                )
+            if self.aggregate.weighting != "uniform":
+                raise ValueError(
+                    "privacy.unit = client needs aggregate.weighting = uniform: an exact count of "
+                    "examples would tell of a client"
+                )
+        if self.privacy.unit == "record" and self.train.max_grad_norm is not None:
+            raise ValueError(
+                "train.max-grad-norm would clip noisy gradients; privacy.example-clip clips already"
+            )
+        return self
+
     @property
     def digest(self) -> str:
         """SHA-256 of what server and clients must agree on.
@@ -218,6 +309,53 @@ class Config(_Table):
     def to_toml(self) -> str:
         """This configuration as a TOML file; keys that are unset are left out."""
         return tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+Document = TypeVar("Document", bound=_Table)
+
+
+class Policy(_Table):
+    """What a site demands of any federation before it takes part, whatever the server wishes."""
+
+    require_masking: bool = True
+    """Take part only where the server sees sums."""
+    min_cohort: int = Field(default=3, ge=1)
+    """Fewest updates in a sum that this site's own may be part of."""
+    min_threshold: float = Field(default=2 / 3, ge=0, lt=1)
+    """Least `secagg.threshold`."""
+    min_colluding: float = Field(default=0.0, ge=0, lt=0.5)
+    """Least `secagg.colluding`."""
+    require_privacy: Literal["none", "record", "client"] = "none"
+    """The unit of differential privacy that must be on; `none`: any or none."""
+    max_epsilon: Positive | None = None
+    """Most epsilon that this site spends on one run, at the run's delta."""
+    max_delta: Fraction = 1e-3
+    """Largest delta at which an epsilon counts."""
+    min_noise: Positive | None = None
+    """Least noise multiplier, where there is noise."""
+    base_digests: tuple[str, ...] = ()
+    """Base models on which it trains (SHA-256); empty: the one that it has."""
+    rules: tuple[str, ...] = ()
+    """Aggregation rules that it accepts; empty: any."""
+    max_update_norm: Positive | None = None
+    """Largest `update.clip`."""
+    share_metrics: Literal["never", "sum", "each"] = "sum"
+    """Whether losses, scores and example counts may leave: not at all, only as part of a masked
+    sum, or on their own."""
+    roster_digest: str | None = None
+    """The roster (SHA-256) that it was told of from outside; unset: the one that it has."""
+
+
+# Whoever simulates is server and all sites in one: there is nobody to keep a secret from.
+OPEN_POLICY = Policy(
+    require_masking=False, min_cohort=1, min_threshold=0.0, share_metrics="each", max_delta=0.5
+)
+
+
+class ClientConfig(_Table):
+    """One site, as in its client.toml."""
+
+    policy: Policy = Policy()
 
 
 def preset_names() -> list[str]:
@@ -245,6 +383,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(text, str(path), overrides)
 
 
+def load_policy(path: Path) -> Policy:
+    """The `[policy]` of a site's file; raises `ConfigError`."""
+    try:
+        value = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    return _validate(ClientConfig, value, str(path)).policy
+
+
 def parse_config(
     text: str, origin: str, overrides: Sequence[str] = (), without: Sequence[str] = ()
 ) -> Config:
@@ -258,10 +407,15 @@ def parse_config(
         value.get(table, {}).pop(name, None)
     for override in overrides:
         _apply(value, override)
+    return _validate(Config, value, origin)
+
+
+def _validate(kind: type[Document], value: Mapping[str, Any], origin: str) -> Document:
     try:
-        return Config.model_validate_json(_json(value), by_alias=True, by_name=False)
+        return kind.model_validate_json(_json(value), by_alias=True, by_name=False)
     except ValidationError as error:
-        lines = "; ".join(_describe(detail) for detail in error.errors())
+        known = [key for key, _ in known_keys(kind)]
+        lines = "; ".join(_describe(detail, known) for detail in error.errors())
         raise ConfigError(f"{origin}: {lines}") from error
 
 
@@ -290,13 +444,12 @@ def _apply(value: dict[str, Any], override: str) -> None:
     value[keys[-1]] = parsed
 
 
-def _describe(detail: ErrorDetails) -> str:
+def _describe(detail: ErrorDetails, known: list[str]) -> str:
     """One validation error as `table.key: what is wrong`."""
     location = [str(part) for part in detail["loc"]]
     where = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        known = dict(known_keys())
-        hint = _nearest(where, list(known))
+        hint = _nearest(where, known)
         return f"{where}: unknown key{hint}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] != "value_error":
@@ -320,9 +473,9 @@ def _nearest(key: str, known: list[str]) -> str:
     return f"; known here: {', '.join(here) or 'no key'}"
 
 
-def known_keys() -> Iterator[tuple[str, str]]:
+def known_keys(kind: type[BaseModel] = Config) -> Iterator[tuple[str, str]]:
     """Every key as (`table.key`, description), in the order of the reference."""
-    for name, field in Config.model_fields.items():
+    for name, field in kind.model_fields.items():
         table = field.annotation
         if isinstance(table, type) and issubclass(table, _Table):
             for key, inner in table.model_fields.items():

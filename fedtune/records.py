@@ -120,6 +120,7 @@ class Summary(Record):
     train_seconds: Number
     peak_rss_mb: Number
     epsilon: float | None
+    epsilon_unit: str  # words: whose presence it is about, and at which delta
     config_digest: str
     base: str  # words
     base_digest: str

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from fedtune.config import Config, preset_names
+from fedtune.config import Config, Policy, preset_names
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -30,6 +30,15 @@ Packaged presets: {presets}.
 This page is generated from `fedtune/config.py`.
 """
 
+SITE = """\
+# A site's own file
+
+`client.toml` belongs to a site, not to the federation. Its policy is stronger than anything
+that a server asks for. `fedtune simulate --policy client.toml` rehearses it: every simulated site
+follows it. Without that flag simulated sites accept everything, since whoever simulates is server
+and sites in one.
+"""
+
 
 def reference() -> str:
     """The whole page."""
@@ -40,6 +49,8 @@ def reference() -> str:
         table: Any = field.annotation
         if _is_table(field):
             parts.append(_table(f"`[{name}]`", table.__doc__ or "", table.model_fields))
+    parts.append(SITE)
+    parts.append(_table("`[policy]`", Policy.__doc__ or "", Policy.model_fields))
     return "\n".join(parts)
 
 
@@ -69,7 +80,7 @@ def _type(field: FieldInfo) -> str:
     if typing.get_origin(annotation) is typing.Annotated:
         annotation, *metadata = typing.get_args(annotation)
         field = metadata[0]
-    words = {int: "integer", float: "number", str: "string"}[annotation]
+    words = {bool: "true or false", int: "integer", float: "number", str: "string"}[annotation]
     signs = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
     bounds = [
         f"{sign} {getattr(item, kind.__name__.lower()):,}"
@@ -83,7 +94,11 @@ def _type(field: FieldInfo) -> str:
 def _default(value: object) -> str:
     if value is None:
         return "unset"
-    return "`[]`" if value == () else f"`{str(value).lower() if value is True else value}`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, float):
+        return f"`{value:.4g}`"
+    return "`[]`" if value == () else f"`{value}`"
 
 
 if __name__ == "__main__":

@@ -45,6 +45,10 @@ def make_client_app(
     def query(message: Message, context: Context) -> Message:
         return answer(message, context, ClientMachine.hello)
 
+    @app.query("secagg")
+    def converse(message: Message, context: Context) -> Message:
+        return answer(message, context, ClientMachine.converse)
+
     @app.train()
     def train(message: Message, context: Context) -> Message:
         return answer(message, context, ClientMachine.train)

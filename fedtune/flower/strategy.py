@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import fedtune.flower.internals  # isort: skip  # noqa: F401  # sets Flower's switches first
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -15,12 +15,16 @@ from fedtune.errors import LateMessage, TooFewClients, WireError
 from fedtune.flower.envelope import RECORD, unwrap, wrap
 from fedtune.records import RoundRecord
 from fedtune.round.federation import Federation, Score
-from fedtune.round.server import Member, ServerRound
+from fedtune.round.server import Exchange, ServerRound
 from fedtune.types import Float32Vector
 from fedtune.wire import codec
 from fedtune.wire.context import check_context
 
 JOIN_POLL_SECONDS = 0.5
+TRAINING = "train"
+CONVERSATION = f"{MessageType.QUERY}.secagg"  # messages of a round that ask for no training
+# Says who, as a rehearsal, is not there any more: round, stage, names of the cohort.
+Absences = Callable[[int, str, list[str]], Iterable[str]]
 
 
 class Observer(Protocol):
@@ -48,8 +52,10 @@ class FederatedFineTuning(Strategy):
         federation: Federation,
         observer: Observer,
         evaluate: Callable[[Float32Vector], Score] | None = None,
+        absences: Absences | None = None,
     ) -> None:
         """`evaluate` uses the server's test set; None: clients evaluate on their own."""
+        self._absences = absences
         self._federation = federation
         self._observer = observer
         self._evaluate = evaluate
@@ -69,30 +75,25 @@ class FederatedFineTuning(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One request to train for each client of the cohort."""
+        """All exchanges before training, then one request to train for each client."""
         self._started = time.perf_counter()
-        self._open = opened = self._federation.open_round()
-        request = opened.request(self._federation.adapter)
-        self._bytes_down = len(request) * len(opened.cohort)
-        self._observer.round_running(opened.context.round, 0, len(opened.cohort))
-        return self._messages(request, opened.cohort, MessageType.TRAIN)
+        self._grid = grid
+        self._bytes_down = 0
+        self._open, exchange = self._federation.open_round()
+        following: Exchange | None = exchange
+        while following is not None and following.stage != TRAINING:
+            following = self._hold(following)
+        return self._requests(following) if following is not None else []
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord, MetricRecord]:
-        """Count each reply as it comes, then close the round."""
+        """Count each reply as it comes, hold what exchanges are left, then close the round."""
         opened = self._require_open()
-        total = len(opened.cohort)
-        names = {self._nodes[member.name]: member.name for member in opened.cohort}
-        for message in replies:
-            client = names.get(message.metadata.src_node_id)
-            if client is None or client not in opened.pending:
-                continue  # late for another round, or a second answer: never counted
-            _count(opened, client, message)
-            self._observer.round_running(opened.context.round, total - len(opened.pending), total)
-        timeout = self._federation.config.rounds.timeout
-        for client in opened.pending:
-            opened.fail(client, f"no answer within {timeout:g} s")
+        self._collect(replies, self._federation.config.rounds.timeout)
+        following = opened.proceed() if self._trained else None
+        while following is not None:
+            following = self._hold(following)
         self._adapter = self._federation.close_round(opened)
         return _arrays(self._adapter), MetricRecord()
 
@@ -108,7 +109,8 @@ class FederatedFineTuning(Strategy):
             codec.EvaluateRequest(opened.context, self._adapter.astype("<f4").tobytes())
         )
         self._bytes_down += len(request) * len(testers)
-        return self._messages(request, testers, MessageType.EVALUATE)
+        names = [member.name for member in testers]
+        return self._messages(dict.fromkeys(names, request), MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
         """Score the new adapter and commit the round."""
@@ -144,15 +146,54 @@ class FederatedFineTuning(Strategy):
             except WireError as error:
                 self._observer.client_refused(node, str(error))
 
-    def _messages(
-        self, payload: bytes, members: Iterable[Member], message_type: str
-    ) -> list[Message]:
-        content = wrap(payload)  # one payload in memory, however many clients get it
-        group = str(self._federation.round + 1)
-        return [
-            Message(content, self._nodes[member.name], message_type, group_id=group)
-            for member in members
-        ]
+    def _hold(self, exchange: Exchange) -> Exchange | None:
+        """Ask and wait for the answers; the exchange that follows."""
+        patience = self._federation.config.secagg.stage_timeout
+        requests = self._requests(exchange)
+        self._collect(self._grid.send_and_receive(requests, timeout=patience), patience)
+        return self._require_open().proceed()
+
+    def _requests(self, exchange: Exchange) -> list[Message]:
+        opened = self._require_open()
+        self._trained = exchange.stage == TRAINING
+        if self._trained:
+            self._observer.round_running(opened.context.round, 0, len(exchange.requests))
+        requests = dict(exchange.requests)
+        if self._absences is not None:
+            cohort = [member.name for member in opened.cohort]
+            for name in self._absences(opened.context.round, exchange.stage, cohort):
+                if requests.pop(name, None) is not None:
+                    opened.fail(name, "absent, as rehearsed")
+        self._bytes_down += sum(map(len, requests.values()))
+        kind = MessageType.TRAIN if self._trained else CONVERSATION
+        return self._messages(requests, kind)
+
+    def _collect(self, replies: Iterable[Message], patience: float) -> None:
+        """Take in the answers to the open exchange; who has given none has failed."""
+        opened = self._require_open()
+        names = {self._nodes[name]: name for name in opened.pending}
+        for message in replies:
+            client = names.get(message.metadata.src_node_id)
+            if client is None or client not in opened.pending:
+                continue  # late for another round, or a second answer: never counted
+            _count(opened, client, message)
+            if self._trained:
+                done = len(names) - len(opened.pending)
+                self._observer.round_running(opened.context.round, done, len(names))
+        for client in opened.pending:
+            opened.fail(client, f"no answer within {patience:g} s")
+
+    def _messages(self, requests: Mapping[str, bytes], message_type: str) -> list[Message]:
+        contents: dict[int, RecordDict] = {}
+        messages = []
+        for name, payload in requests.items():
+            # One payload in memory, however many clients get it.
+            if id(payload) not in contents:
+                contents[id(payload)] = wrap(payload)
+            content = contents[id(payload)]
+            group = str(self._federation.round + 1)
+            messages.append(Message(content, self._nodes[name], message_type, group_id=group))
+        return messages
 
     def _merge(self, replies: Iterable[Message]) -> Score | None:
         opened = self._require_open()

@@ -86,7 +86,7 @@ def _tiles(summary: Summary) -> list[Tile]:
         Tile("Peak memory", _memory(summary.peak_rss_mb)),
     ]
     if summary.epsilon is not None:
-        tiles.append(Tile("Privacy spent", f"ε = {summary.epsilon:.2f}", "differential privacy"))
+        tiles.append(Tile("Privacy spent", f"ε = {summary.epsilon:.2f}", summary.epsilon_unit))
     return tiles
 
 

@@ -1,14 +1,15 @@
-"""The client's half of a round: bytes in, bytes out, and nothing is remembered between rounds."""
+"""The client's half of a round: bytes in, bytes out."""
 
 from __future__ import annotations
 
-import numpy as np
-
 from fedtune.config import Config
-from fedtune.errors import ContextMismatch, MalformedMessage, TrainingError
-from fedtune.train.batches import client_rng, dropout_seed, learning_rate, plan_batches
-from fedtune.train.trainer import Dataset, LocalPlan, Trainer
-from fedtune.types import Float32Vector, RoundContext
+from fedtune.errors import PolicyRefusal, ProtocolViolation
+from fedtune.round.local import LocalUpdate, LocalWork
+from fedtune.round.masked_client import MaskedClient
+from fedtune.round.membership import Membership
+from fedtune.round.terms import make_quantizer, make_ring
+from fedtune.train.trainer import Dataset, Trainer
+from fedtune.types import Float32Vector
 from fedtune.update import UpdatePipeline
 from fedtune.wire import codec
 from fedtune.wire.context import check_context
@@ -18,7 +19,8 @@ class ClientMachine:
     """One client of one run: it says hello, trains, evaluates.
 
     It trains only for the base model, manifest and configuration that it knows itself; a
-    request for any other is refused with `ContextMismatch`.
+    request for any other is refused with `ContextMismatch`. With a `membership`, its site's
+    policy comes before everything else.
     """
 
     def __init__(
@@ -29,85 +31,96 @@ class ClientMachine:
         train_data: Dataset,
         test_data: Dataset | None,
         pipeline: UpdatePipeline,
+        membership: Membership | None = None,
     ) -> None:
         self.name = name
         self._config = config
-        self._trainer = trainer
-        self._train_data = train_data
-        self._test_data = test_data
+        self._local = LocalWork(name, config, trainer, train_data, test_data)
         self._pipeline = pipeline
+        self._membership = membership
+        self._masked = (
+            MaskedClient(self._local, membership)
+            if membership is not None and config.secagg.enabled
+            else None
+        )
 
     def hello(self, payload: bytes) -> bytes:
-        """Answer who this is: name, example counts, and the digests agreed upon."""
+        """Answer who this is: name, example counts, and the digests agreed upon.
+
+        Counts that may not leave on their own are said to be 0.
+        """
         run_id = codec.decode_hello_request(payload)
-        tests = len(self._test_data) if self._test_data is not None else 0
-        context = self._context(run_id, 0)
-        return codec.encode_hello(codec.Hello(context, self.name, len(self._train_data), tests))
+        self._check_policy()
+        local = self._local
+        train, test = local.train_examples, local.test_examples
+        if self._masked is not None:
+            train = 0
+            test = test if self._shares_each() else 0
+        return codec.encode_hello(codec.Hello(local.context(run_id, 0), self.name, train, test))
+
+    def converse(self, payload: bytes) -> bytes:
+        """Answer a message of secure aggregation that asks for no training."""
+        if self._masked is None:
+            raise ProtocolViolation("nothing is masked in this federation")
+        self._check_policy()
+        return self._masked.converse(payload)
 
     def train(self, payload: bytes) -> bytes:
         """Answer a request to train.
 
-        Raises `WireError` for a request that is not acceptable, `TrainingError` when training
-        fails.
+        Raises `WireError` for a request that is not acceptable, `PolicyRefusal` for one that
+        the site forbids, `TrainingError` when training fails.
         """
-        request = codec.decode_train_request(payload, self._adapter_bytes)
+        self._check_policy()
+        if self._masked is not None:
+            return self._masked.train(payload)
+        request = codec.decode_train_request(payload, self._local.adapter_bytes)
         adapter = self._accept(request)
-        result = self._trainer.train(
-            adapter, self._train_data, self._plan(request.context.round, len(self._train_data))
-        )
-        update = result.adapter - adapter
+        number = request.context.round
+        if self._membership is not None:
+            self._membership.charge_records(self._local, request.context.run_id, number)
+        result = self._local.train(adapter, number)
         return codec.encode_train_reply(
             codec.TrainReply(
                 context=request.context,
-                update=self._pipeline.encode(update),
-                examples=len(self._train_data),
-                loss=result.loss,
+                update=self._encode(result, number),
+                examples=self._local.train_examples,
+                loss=result.loss or 0.0,
                 train_seconds=result.seconds,
             )
         )
 
     def evaluate(self, payload: bytes) -> bytes:
         """Answer a request to evaluate on the client's own test set."""
-        request = codec.decode_evaluate_request(payload, self._adapter_bytes)
+        request = codec.decode_evaluate_request(payload, self._local.adapter_bytes)
         adapter = self._accept(request)
-        if self._test_data is None:
-            raise TrainingError("this client has no test set to evaluate on")
-        result = self._trainer.evaluate(adapter, self._test_data)
+        self._check_policy()
+        if not self._shares_each():
+            raise PolicyRefusal("policy.share-metrics of this site forbids a score of its own")
+        result = self._local.evaluate(adapter)
         return codec.encode_evaluate_reply(
             codec.EvaluateReply(request.context, result.examples, result.correct, result.loss_sum)
         )
 
-    @property
-    def _adapter_bytes(self) -> int:
-        return self._trainer.manifest.size * 4
-
-    def _context(self, run_id: str, round_number: int) -> RoundContext:
-        return RoundContext(
-            run_id=run_id,
-            round=round_number,
-            base_digest=self._trainer.base_digest,
-            manifest_digest=self._trainer.manifest.digest,
-            config_digest=self._config.digest,
-        )
+    def _encode(self, result: LocalUpdate, round_number: int) -> bytes:
+        """In the clear: as float vector, or as the integers of a cohort of one."""
+        if self._config.update.bits is None:
+            return self._pipeline.encode(result.update)
+        quantizer = make_quantizer(self._config, self._local.manifest.size, 1)
+        examples, loss = self._local.train_examples, result.loss or 0.0
+        rng = self._local.rounding(round_number)
+        ring = make_ring(quantizer, 1)
+        return ring.pack(ring.lower(quantizer.encode(result.update, examples, loss, rng)))
 
     def _accept(self, request: codec.AdapterRequest) -> Float32Vector:
-        check_context(request.context, self._context(request.context.run_id, request.context.round))
-        if not 1 <= request.context.round <= self._config.rounds.count:
-            raise ContextMismatch(
-                f"round {request.context.round} of a run of {self._config.rounds.count} rounds"
-            )
-        vector = np.frombuffer(request.adapter, "<f4")
-        if not np.isfinite(vector).all():
-            raise MalformedMessage("the global adapter has values that are not finite")
-        return vector.astype(np.float32)
+        context = request.context
+        check_context(context, self._local.context(context.run_id, context.round))
+        self._local.check_round(context.round)
+        return self._local.read_adapter(request.adapter)
 
-    def _plan(self, round_number: int, rows: int) -> LocalPlan:
-        if not rows:
-            raise TrainingError("this client has no training examples")
-        train, rounds = self._config.train, self._config.rounds
-        lr = learning_rate(
-            train.schedule, train.lr, train.final_lr_fraction, round_number - 1, rounds.count
-        )
-        rng = client_rng(self._config.seed, round_number, self.name)
-        batches = plan_batches(self._train_data.lengths, train.steps, train.batch_size, rng)
-        return LocalPlan(batches, (lr for _ in range(train.steps)), dropout_seed(rng))
+    def _check_policy(self) -> None:
+        if self._membership is not None:
+            self._membership.check(self._local)
+
+    def _shares_each(self) -> bool:
+        return self._membership is None or self._membership.policy.share_metrics == "each"

@@ -6,10 +6,21 @@ from dataclasses import dataclass, replace
 
 from fedtune.aggregate import AdamRule, MomentumRule, Rule
 from fedtune.config import Aggregate, Config
-from fedtune.errors import ContextMismatch, TooFewClients
+from fedtune.errors import BudgetExceeded, ContextMismatch, TooFewClients
+from fedtune.privacy.accountant import Release
 from fedtune.records import RoundRecord
 from fedtune.round.journal import Journal
-from fedtune.round.server import Member, ServerRound, draw_cohort, minimum_clients
+from fedtune.round.masked import Authority, MaskedRound
+from fedtune.round.server import (
+    Exchange,
+    Member,
+    PlainRound,
+    ServerRound,
+    draw_cohort,
+    minimum_clients,
+)
+from fedtune.round.terms import client_release, make_quantizer, make_terms
+from fedtune.round.updates import FloatUpdates, IntegerUpdates, Updates
 from fedtune.types import Float32Vector, Manifest, RoundContext
 from fedtune.update import make_pipeline
 from fedtune.wire import codec
@@ -40,15 +51,26 @@ class Federation:
     """Opens rounds and commits them to the journal; goes on where the journal ends."""
 
     def __init__(
-        self, config: Config, manifest: Manifest, base_digest: str, journal: Journal
+        self,
+        config: Config,
+        manifest: Manifest,
+        base_digest: str,
+        journal: Journal,
+        authority: Authority | None = None,
     ) -> None:
+        """`authority` is needed for secure aggregation."""
         self.config = config
+        self._authority = authority
         self.manifest = manifest
         self.run_id = journal.identity()["run_id"]
         self._context = RoundContext(self.run_id, 0, base_digest, manifest.digest, config.digest)
         self._journal = journal
         self._rule = make_rule(config.aggregate)
-        self._pipeline = make_pipeline(config.update, manifest.size)
+        self._updates: Updates = (
+            FloatUpdates(make_pipeline(config.update, manifest.size))
+            if config.update.bits is None
+            else IntegerUpdates(make_quantizer(config, manifest.size, 1))
+        )
         self.round, self._state = journal.last_state()
         self.members: list[Member] = []
 
@@ -72,29 +94,80 @@ class Federation:
         check_context(hello.context, self._context)
         if any(member.name == hello.client for member in self.members):
             raise ContextMismatch(f"a client named {hello.client} is there already")
-        if hello.train_examples == 0:
+        if self._authority is not None and hello.client not in self._authority.roster.keys:
+            raise ContextMismatch(f"{hello.client} is not in the roster")
+        if hello.train_examples == 0 and not self.config.secagg.enabled:
             raise ContextMismatch(f"{hello.client} has no training examples")
         member = Member(hello.client, hello.train_examples, hello.test_examples)
         self.members.append(member)
         return member
 
-    def open_round(self) -> ServerRound:
-        """The next round, with its cohort drawn."""
-        rounds = self.config.rounds
+    def open_round(self) -> tuple[ServerRound, Exchange]:
+        """The next round with its cohort drawn, and its first exchange.
+
+        Raises `TooFewClients`, and `BudgetExceeded` before anybody is asked anything.
+        """
         number = self.round + 1
-        cohort = draw_cohort(self.members, rounds.clients_per_round, self.config.seed, number)
+        size = self.config.rounds.clients_per_round
+        cohort = draw_cohort(self.members, size, self.config.seed, number)
         if len(cohort) < (minimum := max(1, self._minimum(len(cohort)))):
             raise TooFewClients(
                 f"round {number}: {len(cohort)} clients are there, "
                 f"rounds.min-clients asks for {minimum}"
             )
-        return ServerRound(
-            replace(self._context, round=number),
+        context = replace(self._context, round=number)
+        if self._authority is not None:
+            return self._open_masked(context, cohort, self._authority)
+        opened = PlainRound(
+            context,
             cohort,
-            self._pipeline,
-            self.manifest.size,
+            self._updates,
             by_examples=self.config.aggregate.weighting == "examples",
+            tells_losses=self.config.privacy.unit == "none",
         )
+        return opened, opened.begin(self.adapter)
+
+    def _open_masked(
+        self, context: RoundContext, cohort: list[Member], authority: Authority
+    ) -> tuple[ServerRound, Exchange]:
+        sealed = self._journal.sealed(context.round)
+        if sealed is None:
+            self._check_budget(context.round)
+        attempt = sealed[0] if sealed else self._journal.next_attempt(context.round)
+        opened = MaskedRound(
+            context,
+            cohort,
+            self.config,
+            self.manifest.size,
+            attempt,
+            authority,
+            lambda notes: self._journal.seal(context.round, notes, self._release(context.round)),
+        )
+        return opened, opened.resume(sealed[1]) if sealed else opened.begin(self.adapter)
+
+    def _release(self, round_number: int) -> Release | None:
+        if self.config.privacy.unit != "client":
+            return None
+        return client_release(self.config, self.manifest.size, round_number)
+
+    def _check_budget(self, round_number: int) -> None:
+        release, privacy = self._release(round_number), self.config.privacy
+        if release is None or privacy.epsilon is None:
+            return
+        spent = self._journal.ledger().epsilon_with(release, privacy.delta)
+        if spent > privacy.epsilon:
+            raise BudgetExceeded(
+                f"round {round_number} would bring epsilon to {spent:.3f} at delta "
+                f"{privacy.delta:g}, above privacy.epsilon = {privacy.epsilon:g}; "
+                "what was trained so far is kept"
+            )
+
+    @property
+    def epsilon(self) -> float | None:
+        """Unit "client": what the sums of this run have spent; None for other units."""
+        if self.config.privacy.unit != "client":
+            return None
+        return self._journal.ledger().epsilon(self.config.privacy.delta)
 
     def close_round(self, server_round: ServerRound) -> Float32Vector:
         """The next global adapter, not yet committed; raises `TooFewClients`."""
@@ -112,7 +185,11 @@ class Federation:
             loss=score.loss if score else None,
             accuracy=score.accuracy if score else None,
             clients=server_round.counted,
-            failed=dict(sorted(server_round.failed.items())),
+            failed={
+                name: reason
+                for name, reason in sorted(server_round.failed.items())
+                if name not in server_round.counted
+            },
             bytes_up=server_round.bytes_up,
             bytes_down=bytes_down,
             seconds=seconds,
@@ -128,4 +205,6 @@ class Federation:
         return round_number == last or (every > 0 and round_number % every == 0)
 
     def _minimum(self, cohort: int) -> int:
+        if self.config.secagg.enabled:
+            return make_terms(self.config).minimum
         return minimum_clients(self.config.rounds.min_clients, cohort)

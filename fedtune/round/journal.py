@@ -19,10 +19,11 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from fedtune.errors import RunFolderError
+from fedtune.privacy.accountant import Ledger, Release
 from fedtune.records import RoundRecord
 from fedtune.round.server import GlobalState
 
-FORMAT = 1
+FORMAT = 2
 
 _IDENTITY = "CREATE TABLE identity (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT"
 _ROUNDS = """
@@ -33,6 +34,15 @@ CREATE TABLE rounds (
     rule_state BLOB            -- safetensors; only of the last round
 ) STRICT
 """
+# The round that is under way, if clients were asked anything that must not be forgotten.
+_OPEN_ROUND = """
+CREATE TABLE open_round (
+    round INTEGER PRIMARY KEY,
+    attempt INTEGER NOT NULL,
+    sealed BLOB                -- what it takes to open the sum, once all values are in
+) STRICT
+"""
+_RELEASES = "CREATE TABLE releases (release TEXT NOT NULL) STRICT"
 # Journals open in this process: a record lock does not tell its own process apart.
 _open_here: set[Path] = set()
 
@@ -55,7 +65,8 @@ class Journal:
         journal = cls(path, _connect(path), lock)
         with journal._transaction() as db:
             db.execute(_IDENTITY)
-            db.execute(_ROUNDS)
+            for table in (_ROUNDS, _OPEN_ROUND, _RELEASES):
+                db.execute(table)
             rows = {**identity, "format": str(FORMAT)}.items()
             db.executemany("INSERT INTO identity VALUES (?, ?)", rows)
             db.execute("INSERT INTO rounds VALUES (0, NULL, ?, ?)", _blobs(state))
@@ -101,10 +112,42 @@ class Journal:
                 "INSERT INTO rounds VALUES (?, ?, ?, ?)",
                 (record.round, json.dumps(record.to_json()), *_blobs(state)),
             )
+            db.execute("DELETE FROM open_round WHERE round <= ?", [record.round])
             # Old states would be most of the file: round 0, the best and the last are kept.
             keep = [0, record.round, self._best() or 0]
             db.execute("UPDATE rounds SET adapter = NULL WHERE round NOT IN (?, ?, ?)", keep)
             db.execute("UPDATE rounds SET rule_state = NULL WHERE round < ?", [record.round])
+
+    def next_attempt(self, round_number: int) -> int:
+        """Number of a new attempt at a round, from 1; never the same twice."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO open_round VALUES (?, 1, NULL) "
+                "ON CONFLICT (round) DO UPDATE SET attempt = attempt + 1",
+                [round_number],
+            )
+            query = "SELECT attempt FROM open_round WHERE round = ?"
+            return int(db.execute(query, [round_number]).fetchone()[0])
+
+    def seal(self, round_number: int, sealed: bytes, release: Release | None) -> None:
+        """Keep what it takes to open a round's sum, and charge the release of it, at once."""
+        with self._transaction() as db:
+            db.execute("UPDATE open_round SET sealed = ? WHERE round = ?", (sealed, round_number))
+            if release is not None:
+                entry = json.dumps(Ledger([release]).to_json())
+                db.execute("INSERT INTO releases VALUES (?)", [entry])
+
+    def sealed(self, round_number: int) -> tuple[int, bytes] | None:
+        """Attempt, and what `seal` kept, if the round got that far and no further."""
+        query = "SELECT attempt, sealed FROM open_round WHERE round = ? AND sealed NOT NULL"
+        row = self._db.execute(query, [round_number]).fetchone()
+        return None if row is None else (row[0], row[1])
+
+    def ledger(self) -> Ledger:
+        """All releases of the sums of this run; it only ever grows."""
+        rows = self._db.execute("SELECT release FROM releases ORDER BY rowid")
+        ledgers = [Ledger.from_json(json.loads(text)) for (text,) in rows]
+        return Ledger(release for ledger in ledgers for release in ledger.releases)
 
     def records(self) -> list[RoundRecord]:
         """All committed rounds, in order."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedtune.aggregate import OrderedSum, Rule, RuleState
+from fedtune.aggregate import Rule, RuleState
 from fedtune.errors import JobError, MalformedMessage, TooFewClients
+from fedtune.round.updates import Updates
 from fedtune.types import Float32Vector, RoundContext
-from fedtune.update import UpdatePipeline
 from fedtune.wire import codec
 from fedtune.wire.context import check_context
 
@@ -52,15 +54,64 @@ def minimum_clients(configured: int | None, cohort: int) -> int:
     return configured if configured is not None else -(-cohort // 2)
 
 
-@dataclass
-class ServerRound:
-    """Collects the answers of one round's cohort; every client is counted once or failed once."""
+@dataclass(frozen=True)
+class Exchange:
+    """One request to each of some clients; equal payloads are the same object."""
+
+    stage: str  # "advertise", "share", "train", "sign" or "reveal"
+    requests: Mapping[str, bytes]
+
+
+class ServerRound(Protocol):
+    """One round at the server: exchanges with clients, one after the other, then the result.
+
+    For every request of an exchange there is either one `receive` or one `fail`; when nothing
+    is pending, `proceed` gives the next exchange, or None after the last.
+    """
 
     context: RoundContext
     cohort: Sequence[Member]
-    pipeline: UpdatePipeline
-    size: int
+    failed: dict[str, str]
+    bytes_up: int
+    train_seconds: float
+
+    def begin(self, adapter: Float32Vector) -> Exchange:
+        """The first exchange of the round that starts from `adapter`."""
+
+    def proceed(self) -> Exchange | None:
+        """The next exchange; raises `TooFewClients` if it cannot go on."""
+
+    def receive(self, client: str, payload: bytes) -> None:
+        """Take in an answer; after a `WireError` the client is still pending: say `fail`."""
+
+    def fail(self, client: str, reason: str) -> None:
+        """`client` does not answer this exchange any more."""
+
+    @property
+    def pending(self) -> list[str]:
+        """Clients that neither answered the open exchange nor failed."""
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Clients whose update is in the sum, ordered by name."""
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean training loss, weighted by examples; None if nobody may tell."""
+
+    def close(self, rule: Rule, state: GlobalState, minimum: int) -> GlobalState:
+        """The next global state; raises `JobError`."""
+
+
+@dataclass
+class PlainRound:
+    """A round in which the server sees every update: one exchange, each client counted once."""
+
+    context: RoundContext
+    cohort: Sequence[Member]
+    updates: Updates
     by_examples: bool = True
+    tells_losses: bool = True  # not under record-level privacy, where losses stay at home
     failed: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
     train_seconds: float = 0.0
@@ -69,60 +120,63 @@ class ServerRound:
     def __post_init__(self) -> None:
         self._places = {member.name: place for place, member in enumerate(self.cohort)}
         self._examples = {member.name: member.train_examples for member in self.cohort}
-        self._sum = OrderedSum(self.size, len(self.cohort))
+        self._sum = self.updates.sum(len(self.cohort))
 
-    def request(self, adapter: Float32Vector) -> bytes:
-        """The request to train that each client of the cohort gets."""
-        return codec.encode_train_request(
+    def begin(self, adapter: Float32Vector) -> Exchange:
+        """See `ServerRound.begin`."""
+        request = codec.encode_train_request(
             codec.TrainRequest(self.context, adapter.astype("<f4").tobytes())
         )
+        return Exchange("train", dict.fromkeys(self._places, request))
+
+    def proceed(self) -> Exchange | None:
+        """See `ServerRound.proceed`."""
+        return None
 
     def receive(self, client: str, payload: bytes) -> None:
-        """Count the update of `client`; raises `WireError` if it is not acceptable.
-
-        After an error the client is still pending: say `fail`.
-        """
+        """See `ServerRound.receive`."""
         self._require_pending(client)
-        reply = codec.decode_train_reply(payload, self.pipeline.encoded_bytes)
+        reply = codec.decode_train_reply(payload, self.updates.encoded_bytes)
         check_context(reply.context, self.context)
         if reply.examples != self._examples[client]:
             # The weight was settled in the greeting; a client cannot grow its say in a round.
             raise MalformedMessage(
                 f"{reply.examples} examples, but the greeting said {self._examples[client]}"
             )
-        update = self.pipeline.decode(reply.update)
         weight = reply.examples if self.by_examples else 1
-        self._sum.add(self._places[client], update, weight)
+        self._sum.add(self._places[client], reply.update, weight)
         self._losses[client] = (reply.loss, reply.examples)
         self.bytes_up += len(payload)
         self.train_seconds += reply.train_seconds
 
     def fail(self, client: str, reason: str) -> None:
-        """Leave `client` out of this round."""
+        """See `ServerRound.fail`."""
         self._require_pending(client)
         self._sum.skip(self._places[client])
         self.failed[client] = reason
 
     @property
     def pending(self) -> list[str]:
-        """Clients that neither answered nor failed."""
+        """See `ServerRound.pending`."""
         return [n for n in self._places if n not in self._losses and n not in self.failed]
 
     @property
     def counted(self) -> tuple[str, ...]:
-        """Clients whose update was counted, ordered by name."""
+        """See `ServerRound.counted`."""
         return tuple(sorted(self._losses))
 
     @property
     def train_loss(self) -> float | None:
-        """Mean training loss, weighted by examples; None if nobody was counted."""
+        """See `ServerRound.train_loss`."""
+        if not self.tells_losses:
+            return None
         total = sum(examples for _, examples in self._losses.values())
         if not total:
             return None
         return sum(self._losses[n][0] * self._losses[n][1] for n in self.counted) / total
 
     def close(self, rule: Rule, state: GlobalState, minimum: int) -> GlobalState:
-        """The next global state; raises `TooFewClients`, or `JobError` if it is not finite."""
+        """See `ServerRound.close`."""
         if self.pending:
             raise ValueError(f"clients are still pending: {', '.join(self.pending)}")
         if len(self._losses) < minimum:
@@ -131,18 +185,28 @@ class ServerRound:
                 f"round {self.context.round}: {len(self._losses)} of {len(self.cohort)} clients "
                 f"are left, rounds.min-clients asks for {minimum} ({reasons})"
             )
-        rule_state, adapter = rule.apply(
-            state.rule_state, state.adapter, self._sum.total, self._sum.weight
-        )
-        if not np.isfinite(adapter).all():
-            raise JobError(
-                f"round {self.context.round}: the new adapter is not finite; "
-                "lower aggregate.server-lr or train.lr"
-            )
-        return replace(state, adapter=adapter, rule_state=rule_state)
+        total, weight = self._sum.result()
+        return next_state(rule, state, total, weight, self.context.round)
 
     def _require_pending(self, client: str) -> None:
         if client not in self._places:
             raise MalformedMessage(f"{client} is not in this round's cohort")
         if client in self._losses or client in self.failed:
             raise MalformedMessage(f"{client} has answered this round already")
+
+
+def next_state(
+    rule: Rule,
+    state: GlobalState,
+    total: NDArray[np.float64],
+    weight: float,
+    round_number: int,
+) -> GlobalState:
+    """What `rule` makes of a weighted sum; raises `JobError` if it is not finite."""
+    rule_state, adapter = rule.apply(state.rule_state, state.adapter, total, weight)
+    if not np.isfinite(adapter).all():
+        raise JobError(
+            f"round {round_number}: the new adapter is not finite; "
+            "lower aggregate.server-lr or train.lr"
+        )
+    return replace(state, adapter=adapter, rule_state=rule_state)

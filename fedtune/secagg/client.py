@@ -233,7 +233,8 @@ class ClientSession:
 
     def _check_places(self, places: Iterable[int], what: str) -> tuple[int, ...]:
         found = tuple(places)
-        if found != tuple(sorted(set(found))) or not all(p < len(self.adverts) for p in found):
+        inside = all(0 <= place < len(self.adverts) for place in found)
+        if found != tuple(sorted(set(found))) or not inside:
             raise MalformedMessage(f"the {what} are not places of the cohort in ascending order")
         return found
 

@@ -11,13 +11,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedtune.config import DEFAULT_PRESET, Config, load_config, load_preset
+from fedtune.config import (
+    DEFAULT_PRESET,
+    OPEN_POLICY,
+    Config,
+    load_config,
+    load_policy,
+    load_preset,
+)
 from fedtune.errors import ConfigError, RunFolderError, UsageError
 from fedtune.files import write_atomic
 from fedtune.records import RoundRecord, Summary
 from fedtune.report.html import render_html
 from fedtune.report.progress import make_progress
 from fedtune.report.tables import print_summary
+from fedtune.simulation.dropout import STAGES, Dropout
 from fedtune.simulation.folder import METRICS, REPORT, SUMMARY, RunFolder, check_new, free_path
 
 RUNS = Path("runs")
@@ -42,6 +50,9 @@ class SimulateRequest:
     resume: Path | None = None
     references: bool = False
     wire: bool = False
+    drop: float = 0.0
+    drop_at: str = "train"
+    policy: Path | None = None
     workers: int | None = None
 
 
@@ -49,6 +60,9 @@ def simulate(request: SimulateRequest, as_json: bool) -> int:
     """Run or continue a simulation and show it; raises `UsageError` before anything is written."""
     _require_packages()
     progress = make_progress(quiet=as_json)
+    if request.drop_at not in STAGES:
+        raise ConfigError(f"--drop-at {request.drop_at}: one of {', '.join(STAGES)}")
+    policy = load_policy(request.policy) if request.policy else OPEN_POLICY
     with ExitStack() as stack:
         run = None
         if request.resume:
@@ -81,7 +95,12 @@ def simulate(request: SimulateRequest, as_json: bool) -> int:
         )
         for warning in job.warnings:
             progress.note(warning)
-        options = Options(request.workers, request.wire, references)
+        dropout = None
+        if request.drop:
+            if not config.secagg.enabled and request.drop_at != "train":
+                raise ConfigError(f"--drop-at {request.drop_at} is a stage of secure aggregation")
+            dropout = Dropout(request.drop, request.drop_at, config.seed)
+        options = Options(request.workers, request.wire, references, policy, dropout)
         try:
             outcome = Simulation(job, run, options, progress).execute()
         except KeyboardInterrupt:

@@ -6,7 +6,9 @@ strategy, rounds and results are those of `fedtune simulate`.
 
 from __future__ import annotations
 
+import os
 import shlex
+import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +25,7 @@ from fedtune.simulation.commands import SimulateRequest, resolve_config
 from fedtune.simulation.folder import check_new, free_path
 from fedtune.simulation.job import Job, text_job
 from fedtune.simulation.run import Options, Simulation, create_run
+from fedtune.simulation.sites import Sites, needs_sites
 
 
 def server_app() -> ServerApp:
@@ -40,7 +43,9 @@ def server_app() -> ServerApp:
         progress.started([f"{len(job.clients)} clients on Flower's engine"], config.rounds.count)
         with create_run(job, out, references=False) as run:
             # Evaluation in this process: the workers here are Flower's.
-            outcome = Simulation(job, run, Options(workers=0), progress, grid=grid).execute()
+            sites = _sites(job, context)
+            options = Options(workers=0)
+            outcome = Simulation(job, run, options, progress, grid=grid, sites=sites).execute()
         if outcome.error:
             raise outcome.error
 
@@ -54,7 +59,24 @@ def client_app() -> ClientApp:
 
 def _machine(context: Context) -> ClientMachine:
     items = tuple(sorted((key, str(value)) for key, value in context.run_config.items()))
-    return _job(items).machine(int(context.node_config["partition-id"]))
+    job, place = _job(items), int(context.node_config["partition-id"])
+    sites = _sites(job, context)
+    return job.machine(place, sites.membership(job.clients[place].name) if sites else None)
+
+
+def _sites(job: Job, context: Context) -> Sites | None:
+    """The sites' memories lie where the server and all actors of one Flower run look for them."""
+    if not needs_sites(job.config):
+        return None
+    folder = Path(tempfile.gettempdir()) / f"fedtune-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    names = [client.name for client in job.clients]
+    return _sites_in(folder / f"{context.run_id}.db", tuple(names))
+
+
+@lru_cache(maxsize=1)
+def _sites_in(path: Path, names: tuple[str, ...]) -> Sites:
+    return Sites(path, list(names))
 
 
 @lru_cache(maxsize=1)

@@ -23,6 +23,7 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 ADAPTER = "adapter"
 TENSORBOARD = "tensorboard"
+SITES = "sites.db"
 
 
 class RunFolder:

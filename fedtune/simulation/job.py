@@ -19,6 +19,9 @@ from fedtune.config import Config, Train
 from fedtune.data import FederatedData, PartitionSpec, TextExamples, load_icd10, load_path
 from fedtune.errors import ConfigError, DataError
 from fedtune.round.client import ClientMachine
+from fedtune.round.membership import Membership
+from fedtune.round.terms import make_quantizer, make_terms, record_release
+from fedtune.train.private import RecordPrivacy
 from fedtune.train.task import (
     CustomTask,
     Rows,
@@ -63,24 +66,34 @@ class Job:
     warnings: tuple[str, ...]
     has_classifier: bool = False  # whether it is an encoder with a linear head on top
 
-    def trainer(self) -> TorchTrainer:
+    def trainer(self, record_privacy: RecordPrivacy | None = None) -> TorchTrainer:
         """A trainer on the resident model."""
-        return TorchTrainer(
-            self.adapter, self.task, self.base_digest, torch_settings(self.config.train)
-        )
+        settings = torch_settings(self.config.train, record_privacy)
+        return TorchTrainer(self.adapter, self.task, self.base_digest, settings)
 
-    def machine(self, place: int) -> ClientMachine:
+    def machine(self, place: int, membership: Membership | None = None) -> ClientMachine:
         """The client in `place` as the round sees it."""
         client = self.clients[place]
-        pipeline = make_pipeline(self.config.update, self.adapter.manifest.size)
+        record_privacy = None
+        if self.config.privacy.unit == "record":
+            noise = record_release(self.config, len(client.train), 1).noise_multiplier
+            record_privacy = RecordPrivacy(noise, self.config.privacy.example_clip)
         return ClientMachine(
-            client.name, self.config, self.trainer(), client.train, client.test, pipeline
+            client.name,
+            self.config,
+            self.trainer(record_privacy),
+            client.train,
+            client.test,
+            make_pipeline(self.config.update, self.adapter.manifest.size),
+            membership,
         )
 
 
-def torch_settings(train: Train) -> TorchSettings:
+def torch_settings(train: Train, record_privacy: RecordPrivacy | None = None) -> TorchSettings:
     """The trainer's part of the configuration."""
-    return TorchSettings(train.optimizer, train.weight_decay, train.max_grad_norm, train.precision)
+    return TorchSettings(
+        train.optimizer, train.weight_decay, train.max_grad_norm, train.precision, record_privacy
+    )
 
 
 def load_data(config: Config) -> FederatedData:
@@ -119,6 +132,7 @@ def text_job(config: Config, data: FederatedData | None = None) -> Job:
         raise DataError(f"classification needs at least 2 labels; all rows have {data.labels[0]!r}")
     check_cohort(config, len(data.clients))
     model = TextModel(config, len(data.labels))
+    check_privacy(config, model.adapter.manifest.size, len(data.clients))
     return Job(
         config=config,
         adapter=model.adapter,
@@ -152,6 +166,20 @@ def check_cohort(config: Config, clients: int) -> None:
     ):
         if value is not None and value > clients:
             raise ConfigError(f"{key} = {value}, but there are {clients} clients; lower it")
+
+
+def check_privacy(config: Config, size: int, clients: int) -> None:
+    """Raise `ConfigError` if updates of `size` values of so many clients cannot be protected."""
+    cohort = min(config.rounds.clients_per_round or clients, clients)
+    if config.update.bits is not None:
+        make_quantizer(config, size, cohort).ring_bits(cohort)
+    if config.secagg.enabled:
+        try:
+            make_terms(config).check(cohort)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; or simulate without masks: --set secagg.enabled=false"
+            ) from error
 
 
 class TextModel:
@@ -192,6 +220,7 @@ def custom_job(
     check_cohort(config, len(clients))
     base_digest = digest_module(module)
     attached = attach_lora(module, lora, config.seed)
+    check_privacy(config, attached.manifest.size, len(clients))
     task = CustomTask(loss)
     targets = [class_targets(rows) for _, rows, _ in clients]
     labels = 1 + max((int(found.max()) for found in targets if len(found)), default=-1)

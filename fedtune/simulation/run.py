@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from flwr.serverapp import Grid
 
+from fedtune.config import OPEN_POLICY, Config, Policy
 from fedtune.errors import JobError, RunFolderError
 from fedtune.export.peft_folder import Passport, write_adapter
 from fedtune.files import write_atomic, write_json
@@ -26,9 +27,11 @@ from fedtune.report.progress import Progress
 from fedtune.round import federation as rounds
 from fedtune.round.server import GlobalState
 from fedtune.simulation import folder as names
+from fedtune.simulation.dropout import Dropout
 from fedtune.simulation.folder import RunFolder
 from fedtune.simulation.job import Job, JobClient
 from fedtune.simulation.references import ReferenceResult, run_references
+from fedtune.simulation.sites import Sites, needs_sites
 from fedtune.simulation.workers import COMMON_TEST, evaluate, make_pool
 from fedtune.train.trainer import Evaluation
 from fedtune.types import Float32Vector, digest_of, sha256_hex
@@ -41,6 +44,8 @@ class Options:
     workers: int | None = None
     wire: bool = False
     references: bool = False
+    policy: Policy = OPEN_POLICY
+    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,16 @@ class Simulation:
         progress: Progress,
         on_round: Callable[[RoundRecord], None] | None = None,
         grid: Grid | None = None,
+        sites: Sites | None = None,
     ) -> None:
-        """`grid` carries the messages; by default this machine's own workers answer them."""
+        """`grid` carries the messages; by default this machine's own workers answer them.
+
+        `sites` are the clients' own memories, by default in the run's folder.
+        """
+        if sites is None and needs_sites(job.config):
+            names_of_clients = [client.name for client in job.clients]
+            sites = Sites(run.path / names.SITES, names_of_clients, options.policy)
+        self._sites = sites
         self._job = job
         self._run = run
         self._options = options
@@ -98,7 +111,11 @@ class Simulation:
         self._on_round = on_round
         self._grid = grid
         self._federation = rounds.Federation(
-            job.config, job.adapter.manifest, job.base_digest, run.journal
+            job.config,
+            job.adapter.manifest,
+            job.base_digest,
+            run.journal,
+            sites.authority if sites and job.config.secagg.enabled else None,
         )
         self._references: dict[str, ReferenceResult] = {}
         self._final: dict[int, Evaluation] = {}
@@ -114,7 +131,7 @@ class Simulation:
         self._run.rewrite_metrics()
         status: Status = "finished"
         error: JobError | None = None
-        pool = make_pool(self._job, self._options.workers, self._options.wire)
+        pool = make_pool(self._job, self._options.workers, self._options.wire, self._sites)
         try:
             self._rounds(pool)
             self._score(pool)
@@ -153,7 +170,8 @@ class Simulation:
         if not self._federation.rounds_left:
             return
         score = (lambda adapter: self._common_score(pool, adapter)) if job.test else None
-        strategy = FederatedFineTuning(self._federation, self, score)
+        absences = self._options.dropout.absent if self._options.dropout else None
+        strategy = FederatedFineTuning(self._federation, self, score, absences)
         strategy.run(self._grid or LocalGrid(pool, len(job.clients)), len(job.clients))
 
     def _common_score(self, pool: Pool, adapter: Float32Vector) -> rounds.Score:
@@ -222,7 +240,8 @@ class Simulation:
             seconds=sum(r.seconds for r in records),
             train_seconds=sum(r.train_seconds for r in records),
             peak_rss_mb=_peak_rss_mb(),
-            epsilon=None,
+            epsilon=self._epsilon(),
+            epsilon_unit=_unit_words(job.config),
             config_digest=job.config.digest,
             base=job.base_name,
             base_digest=job.base_digest,
@@ -274,6 +293,13 @@ class Simulation:
             found.insert(1, Reference("local-only", accuracy, loss, seconds, steps))
         return tuple(found)
 
+    def _epsilon(self) -> float | None:
+        """What was spent so far, by the unit of the configuration."""
+        if self._job.config.privacy.unit == "record" and self._sites is not None:
+            run_id = self._run.journal.identity()["run_id"]
+            return self._sites.epsilon(run_id, self._job.config.privacy.delta)
+        return self._federation.epsilon
+
     def _passport(self, number: int, adapter: Float32Vector) -> Passport:
         job, config = self._job, self._job.config
         return Passport(
@@ -288,8 +314,8 @@ class Simulation:
             rounds=number,
             clients=len(job.clients),
             rule=config.aggregate.rule,
-            epsilon=None,
-            epsilon_unit="none: this adapter was not trained under differential privacy",
+            epsilon=self._epsilon(),
+            epsilon_unit=_unit_words(config),
             fedtune_version=importlib.metadata.version("fedtune"),
         )
 
@@ -322,6 +348,17 @@ def _digests(job: Job) -> dict[str, str]:
         "configuration_digest": job.config.digest,
         "data_digest": digest_of(data),
     }
+
+
+def _unit_words(config: Config) -> str:
+    """What the epsilon of a run is about."""
+    at = f"at delta {config.privacy.delta:g}"
+    return {
+        "none": "none: this adapter was not trained under differential privacy",
+        "record": f"one training example of one client, added or removed, {at}; "
+        "the number of examples of each client is taken to be known",
+        "client": f"all data of one client, added or removed, {at}",
+    }[config.privacy.unit]
 
 
 def _evaluation_words(job: Job) -> str:

@@ -19,6 +19,7 @@ from fedtune.round.client import ClientMachine
 from fedtune.simulation.job import Job
 from fedtune.simulation.packing import pack_evaluation, unpack_evaluation
 from fedtune.simulation.references import reference_handler
+from fedtune.simulation.sites import Sites
 from fedtune.train.torch_trainer import choose_device
 from fedtune.train.trainer import Dataset, Evaluation
 from fedtune.types import Float32Vector
@@ -29,11 +30,15 @@ ROWS_PER_TASK = 256
 COMMON_TEST = -1  # the set held by the server; clients' own sets are their places
 
 
-def make_pool(job: Job, workers: int | None, wire: bool = False) -> Pool:
+def make_pool(
+    job: Job, workers: int | None, wire: bool = False, sites: Sites | None = None
+) -> Pool:
     """Workers for `job`: one per core by default; 0 runs everything in this process."""
     handlers = {
         KIND: message_handler(
-            make_client_app(partial(_machine_of, job), disclose_errors=True), len(job.clients), wire
+            make_client_app(partial(_machine_of, job, sites), disclose_errors=True),
+            len(job.clients),
+            wire,
         ),
         "evaluate": lambda payload: _evaluate(job, payload),
         "reference": lambda payload: reference_handler(job, payload),
@@ -80,8 +85,9 @@ def evaluate(pool: Pool, job: Job, adapter: Float32Vector, place: int = COMMON_T
     )
 
 
-def _machine_of(job: Job, context: Context) -> ClientMachine:
-    return job.machine(int(context.node_config["partition-id"]))
+def _machine_of(job: Job, sites: Sites | None, context: Context) -> ClientMachine:
+    place = int(context.node_config["partition-id"])
+    return job.machine(place, sites.membership(job.clients[place].name) if sites else None)
 
 
 def _default_workers(job: Job) -> int:

@@ -28,6 +28,11 @@ def dropout_seed(rng: np.random.Generator) -> int:
     return int(rng.spawn(1)[0].integers(2**63))
 
 
+def rounding_rng(seed: int, round_number: int, client: str) -> np.random.Generator:
+    """A generator for rounding a client's update, apart from its batches and dropout."""
+    return client_rng(seed, round_number, client).spawn(2)[1]
+
+
 def plan_batches(
     lengths: NDArray[np.int64], steps: int, batch_size: int, rng: np.random.Generator
 ) -> Iterator[NDArray[np.int64]]:

@@ -16,6 +16,8 @@ from torch import nn
 
 from fedtune.adapter.lora import AttachedAdapter
 from fedtune.errors import ConfigError, TrainingError
+from fedtune.privacy.randomness import SecureRandom
+from fedtune.train.private import RecordPrivacy, refuse_batch_statistics, set_private_gradient
 from fedtune.train.task import Task
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
 from fedtune.types import Float32Vector, Manifest
@@ -25,12 +27,20 @@ EVALUATION_BATCH = 64
 
 @dataclass(frozen=True)
 class TorchSettings:
-    """What does not change from round to round."""
+    """What does not change from round to round; `record_privacy` replaces `max_grad_norm`."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     precision: Literal["float32", "bf16"] = "float32"
+    record_privacy: RecordPrivacy | None = None
+
+    def __post_init__(self) -> None:
+        if self.record_privacy is not None and self.max_grad_norm is not None:
+            raise ConfigError(
+                "train.max-grad-norm would clip the noise of record-level privacy, which clips "
+                "each example already; leave it out"
+            )
 
 
 class TorchTrainer:
@@ -39,6 +49,9 @@ class TorchTrainer:
     def __init__(
         self, adapter: AttachedAdapter, task: Task, base_digest: str, settings: TorchSettings
     ) -> None:
+        """Raises `ConfigError` when the module cannot be trained with record-level privacy."""
+        if settings.record_privacy is not None:
+            refuse_batch_statistics(adapter)
         self._adapter = adapter
         self._task = task
         self._base_digest = base_digest
@@ -65,33 +78,67 @@ class TorchTrainer:
         return self._adapter.flat.device
 
     def train(self, adapter: Float32Vector, data: Dataset, plan: LocalPlan) -> LocalResult:
-        """Train from `adapter` with a fresh optimizer; raises `TrainingError` if not finite."""
+        """Train from `adapter` with a fresh optimizer; raises `TrainingError` if not finite.
+
+        With record-level privacy the plan's batches and seed are not used (see
+        `train.private`), and `loss` is None.
+        """
         started = time.perf_counter()
-        attached, settings = self._adapter, self._settings
+        attached, privacy = self._adapter, self._settings.record_privacy
         attached.write(adapter)
         attached.train_mode()
+        optimizer = _optimizer(attached.flat, self._settings)
+        loss = None
+        if privacy is None:
+            loss = self._descend(optimizer, data, plan)
+        else:
+            self._descend_privately(optimizer, data, plan, privacy)
+        trained = attached.read()
+        if not (loss is None or math.isfinite(loss)) or not np.isfinite(trained).all():
+            advice = " or set train.max-grad-norm" if privacy is None else ""
+            raise TrainingError(
+                f"the loss or the adapter is no longer finite; lower train.lr{advice}"
+            )
+        return LocalResult(trained, loss, time.perf_counter() - started)
+
+    def _descend(self, optimizer: torch.optim.Optimizer, data: Dataset, plan: LocalPlan) -> float:
         torch.manual_seed(plan.seed)
-        optimizer = _optimizer(attached.flat, settings)
         losses = []
         for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
-            batch = self._task.batch(data, rows, self.device)
-            with self._autocast():
-                loss = self._task.loss(attached.module, batch)
-            attached.zero_grad()
+            loss = self._loss(data, rows)
+            self._adapter.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            if settings.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(attached.flat, settings.max_grad_norm)
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
+            if self._settings.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self._adapter.flat, self._settings.max_grad_norm)
+            _step(optimizer, lr)
             losses.append(loss.detach())
-        mean = float(torch.stack(losses).double().mean())
-        trained = attached.read()
-        if not math.isfinite(mean) or not np.isfinite(trained).all():
-            raise TrainingError(
-                "the loss or the adapter is no longer finite; lower train.lr "
-                "or set train.max-grad-norm"
+        return float(torch.stack(losses).double().mean())
+
+    def _descend_privately(
+        self,
+        optimizer: torch.optim.Optimizer,
+        data: Dataset,
+        plan: LocalPlan,
+        privacy: RecordPrivacy,
+    ) -> None:
+        if plan.batch_size is None:
+            raise ValueError("record-level privacy needs the batch size of the plan")
+        random = SecureRandom()
+        for lr in plan.learning_rates:
+            set_private_gradient(
+                self._adapter,
+                lambda row: self._loss(data, np.array([row])),
+                len(data),
+                plan.batch_size,
+                privacy,
+                random,
             )
-        return LocalResult(trained, mean, time.perf_counter() - started)
+            _step(optimizer, lr)
+
+    def _loss(self, data: Dataset, rows: NDArray[np.int64]) -> torch.Tensor:
+        batch = self._task.batch(data, rows, self.device)
+        with self._autocast():
+            return self._task.loss(self._adapter.module, batch)
 
     def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
         """Evaluate in batches of similar length; no gradient is kept."""
@@ -160,7 +207,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def _optimizer(parameter: nn.Parameter, settings: TorchSettings) -> torch.optim.Optimizer:
-    # The learning rate is set before each step; lr=0 here only fills the argument.
+    # `_step` sets the learning rate; lr=0 here only fills the argument.
     if settings.optimizer == "sgd":
         return torch.optim.SGD([parameter], lr=0.0, weight_decay=settings.weight_decay)
     return torch.optim.AdamW([parameter], lr=0.0, weight_decay=settings.weight_decay)
+
+
+def _step(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()

@@ -18,19 +18,26 @@ class LocalPlan:
 
     `batches` yields row indices of one optimizer step each; a generator, so that a plan of
     many steps takes no memory. `learning_rates` has one value per step. `seed` drives dropout.
+    With record-level privacy the client draws its own batches, of `batch_size` examples on
+    average, and `batches` and `seed` are not used.
     """
 
     batches: Iterator[NDArray[np.int64]]
     learning_rates: Iterator[float]
     seed: int
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """The trained adapter (float32, manifest order), mean loss over the steps, seconds."""
+    """The trained adapter (float32, manifest order), mean loss over the steps, seconds.
+
+    `loss` is None with record-level privacy: it comes from the examples without noise, so
+    there is none that may leave the client.
+    """
 
     adapter: Float32Vector
-    loss: float
+    loss: float | None
     seconds: float
 
 

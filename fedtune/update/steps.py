@@ -55,14 +55,14 @@ class UpdatePipeline:
     """An update of `size` float32 values to bytes through the steps, and back."""
 
     def __init__(self, size: int, steps: Sequence[Step] = ()) -> None:
-        self._size = size
+        self.size = size
         self._steps = tuple(steps)
         self._dtype = self._steps[-1].dtype if self._steps else np.dtype("<f4")
 
     @property
     def encoded_bytes(self) -> int:
         """The only length that an encoded update can have."""
-        return self._size * self._dtype.itemsize
+        return self.size * self._dtype.itemsize
 
     def encode(self, update: Float32Vector) -> bytes:
         """At the client: all steps forwards."""
@@ -74,11 +74,11 @@ class UpdatePipeline:
     def decode(self, data: bytes) -> Float32Vector:
         """At the server: all steps backwards; raises `MalformedMessage` if not finite."""
         vector: Vector = np.frombuffer(data, self._dtype)
-        if vector.shape != (self._size,):
-            raise MalformedMessage(f"an update of {vector.size} values, not {self._size}")
+        if vector.shape != (self.size,):
+            raise MalformedMessage(f"an update of {vector.size} values, not {self.size}")
         if not np.isfinite(vector).all():
             count = int((~np.isfinite(vector)).sum())
-            raise MalformedMessage(f"{count} of {self._size} values are not finite")
+            raise MalformedMessage(f"{count} of {self.size} values are not finite")
         for step in reversed(self._steps):
             vector = step.backward(vector)
         return vector.astype(np.float32, copy=False)

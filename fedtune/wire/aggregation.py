@@ -9,7 +9,7 @@ from __future__ import annotations
 from fedtune.errors import MalformedMessage
 from fedtune.secagg.messages import Advert, Delivery, Reveal, SealedShares, Unmasking
 from fedtune.secagg.session import Session
-from fedtune.wire.codec import ENVELOPE_LIMIT, MAX_NAME, read_context, write_context
+from fedtune.wire.codec import ENVELOPE_LIMIT, MAX_NAME, finite, read_context, write_context
 from fedtune.wire.strict import parse, serialize
 from fedtune.wire.v1 import messages_pb2 as pb
 
@@ -107,17 +107,17 @@ def decode_train_request(body: bytes, adapter_bytes: int, clients: int) -> tuple
     return message.adapter, Delivery(tuple(message.sharers), tuple(message.sealed))
 
 
-def encode_update(values: bytes) -> bytes:
-    """A client's masked values, packed."""
-    return serialize(pb.MaskedUpdate(values=values))
+def encode_update(values: bytes, train_seconds: float) -> bytes:
+    """A client's masked values, packed, and how long it trained."""
+    return serialize(pb.MaskedUpdate(values=values, train_seconds=train_seconds))
 
 
-def decode_update(body: bytes, values_bytes: int) -> bytes:
-    """Masked values of exactly `values_bytes`; raises `MalformedMessage`."""
-    values: bytes = parse(pb.MaskedUpdate, body, values_bytes + 64).values
-    if len(values) != values_bytes:
-        raise MalformedMessage(f"masked values of {len(values)} bytes, not {values_bytes}")
-    return values
+def decode_update(body: bytes, values_bytes: int) -> tuple[bytes, float]:
+    """Masked values of exactly `values_bytes`, and seconds; raises `MalformedMessage`."""
+    message = parse(pb.MaskedUpdate, body, values_bytes + 64)
+    if len(message.values) != values_bytes:
+        raise MalformedMessage(f"masked values of {len(message.values)} bytes, not {values_bytes}")
+    return message.values, finite(message.train_seconds, "train_seconds")
 
 
 def encode_survivors(survivors: tuple[int, ...]) -> bytes:

@@ -166,8 +166,8 @@ def decode_train_reply(payload: bytes, vector_bytes: int) -> TrainReply:
         read_context(message.context),
         _vector(message.update, vector_bytes, "update"),
         _count(message.examples, "examples"),
-        _finite(message.loss, "loss"),
-        _finite(message.train_seconds, "train_seconds"),
+        finite(message.loss, "loss"),
+        finite(message.train_seconds, "train_seconds"),
     )
 
 
@@ -193,7 +193,7 @@ def decode_evaluate_reply(payload: bytes) -> EvaluateReply:
         read_context(message.context),
         _count(message.examples, "examples"),
         message.correct,
-        _finite(message.loss_sum, "loss_sum"),
+        finite(message.loss_sum, "loss_sum"),
     )
 
 
@@ -236,7 +236,8 @@ def _count(value: int, name: str) -> int:
     return value
 
 
-def _finite(value: float, name: str) -> float:
+def finite(value: float, name: str) -> float:
+    """`value`; raises `MalformedMessage` unless it is finite and at least 0."""
     if not math.isfinite(value) or value < 0:
         raise MalformedMessage(f"{name} = {value} is not a finite number of at least 0")
     return value

@@ -267,6 +267,14 @@ def _other(key: str, default: object) -> str:
         "aggregate.weighting": ["uniform", "examples"],
         "aggregate.server-optimizer": ["adam", "sgd"],
         "update.compress": ["float16", "none"],
+        "update.clip": ["3.0"],
+        "update.bits": ["12"],
+        "secagg.enabled": ["true"],
+        "secagg.threshold": ["0.75"],
+        "secagg.neighbours": ["4"],
+        "privacy.unit": ["record"],
+        "privacy.epsilon": ["7.0"],
+        "privacy.noise-multiplier": ["1.5"],
     }
     if key in words:
         return next(word for word in words[key] if word != default)
@@ -277,6 +285,17 @@ def _other(key: str, default: object) -> str:
     return str(int(default) + 1 if isinstance(default, int) else 1)
 
 
+# What a key needs beside it to be allowed.
+_COMPANIONS = {
+    "update.clip": ["update.bits=10"],
+    "update.bits": ["update.clip=1.0"],
+    "secagg.enabled": ["update.bits=11", "update.clip=1.0"],
+    "privacy.unit": ["privacy.epsilon=3.0"],
+    "privacy.epsilon": ['privacy.unit="record"'],
+    "privacy.noise-multiplier": ['privacy.unit="record"'],
+}
+
+
 def test_everything_else_is_in_the_digest():
     digests = {"": Config().digest}
     not_agreed = {"base.path", "train.device", "train.threads", "adapter.kind", "aggregate.rule"}
@@ -284,7 +303,8 @@ def test_everything_else_is_in_the_digest():
         for key, field in table.model_fields.items():
             path = f"{name}.{key.replace('_', '-')}"
             if name != "data" and path not in not_agreed:
-                digests[path] = _parse(f"{path}={_other(path, field.default)}").digest
+                value = f"{path}={_other(path, field.default)}"
+                digests[path] = _parse(value, *_COMPANIONS.get(path, [])).digest
     digests["seed"] = _parse("seed=1").digest
     digests["data.labels"] = _parse('data.labels=["a", "b"]').digest
     digests["data.labels in another order"] = _parse('data.labels=["b", "a"]').digest

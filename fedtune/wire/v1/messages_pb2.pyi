@@ -157,10 +157,12 @@ class MaskedTrainRequest(_message.Message):
     def __init__(self, adapter: _Optional[bytes] = ..., sharers: _Optional[_Iterable[int]] = ..., sealed: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class MaskedUpdate(_message.Message):
-    __slots__ = ("values",)
+    __slots__ = ("values", "train_seconds")
     VALUES_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     values: bytes
-    def __init__(self, values: _Optional[bytes] = ...) -> None: ...
+    train_seconds: float
+    def __init__(self, values: _Optional[bytes] = ..., train_seconds: _Optional[float] = ...) -> None: ...
 
 class Survivors(_message.Message):
     __slots__ = ("places",)

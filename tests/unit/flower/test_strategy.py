@@ -127,7 +127,7 @@ def test_a_run_through_flower_is_the_run_by_hand(small_federation, tmp_path):
     assert run.seen.progress[:4] == [(1, 0, 3), (1, 1, 3), (1, 2, 3), (1, 3, 3)]
     assert run.seen.refused == []
     # Each client's own test set of 6 rows, with the last adapter.
-    parts = [small.trainer.evaluate(expected[-1], m._test_data) for m in small.machines]
+    parts = [small.trainer.evaluate(expected[-1], m._local.test_data) for m in small.machines]
     last = run.records[-1]
     assert last.loss == pytest.approx(sum(p.loss_sum for p in parts) / 18, rel=1e-4)
     assert last.accuracy == sum(p.correct for p in parts) / 18
@@ -232,7 +232,8 @@ def test_evaluations_that_are_lost_leave_the_score_to_the_others(small_federatio
     small = small_federation("rounds.count=1")
     run = _run(small, tmp_path, _lost("evaluate", 2))
     parts = [
-        small.trainer.evaluate(run.federation.adapter, m._test_data) for m in small.machines[1:]
+        small.trainer.evaluate(run.federation.adapter, m._local.test_data)
+        for m in small.machines[1:]
     ]
     assert run.records[0].loss == pytest.approx(sum(p.loss_sum for p in parts) / 12, rel=1e-5)
     assert len(run.records[0].clients) == 3
@@ -253,7 +254,8 @@ def test_evaluations_of_another_round_are_not_in_the_score(small_federation, tmp
     small = small_federation("rounds.count=2", "rounds.evaluate-every=1")
     run = _run(small, tmp_path, late)
     parts = [
-        small.trainer.evaluate(run.federation.adapter, m._test_data) for m in small.machines[1:]
+        small.trainer.evaluate(run.federation.adapter, m._local.test_data)
+        for m in small.machines[1:]
     ]
     assert run.records[1].loss == pytest.approx(sum(p.loss_sum for p in parts) / 12, rel=1e-5)
 
@@ -291,7 +293,8 @@ def test_a_client_whose_evaluation_is_broken_is_left_out_of_the_score(small_fede
     small = small_federation("rounds.count=1")
     run = _run(small, tmp_path, _changed("evaluate", lambda _: b"\xff"))
     parts = [
-        small.trainer.evaluate(run.federation.adapter, m._test_data) for m in small.machines[1:]
+        small.trainer.evaluate(run.federation.adapter, m._local.test_data)
+        for m in small.machines[1:]
     ]
     assert run.records[0].loss == pytest.approx(sum(p.loss_sum for p in parts) / 12, rel=1e-5)
 

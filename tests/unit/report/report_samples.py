@@ -107,6 +107,7 @@ def sample_summary(clients: int = 8, references: bool = True) -> Summary:
         train_seconds=142.0,
         peak_rss_mb=1_234.5,
         epsilon=None,
+        epsilon_unit="none",
         config_digest="c0ffee" * 10 + "0123",
         base="MiniLM-L6-v2, 22.7 M parameters (packaged)",
         base_digest="5eed" * 16,

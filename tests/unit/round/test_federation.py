@@ -33,10 +33,9 @@ def _open(small: Any, path: Path) -> tuple[Federation, Journal]:
 
 def _one_round(federation: Federation, small: Any, order: int = 1) -> Any:
     machines = {machine.name: machine for machine in small.machines}
-    opened = federation.open_round()
-    request = opened.request(federation.adapter)
-    for member in list(opened.cohort)[::order]:
-        opened.receive(member.name, machines[member.name].train(request))
+    opened, exchange = federation.open_round()
+    for name, request in list(exchange.requests.items())[::order]:
+        opened.receive(name, machines[name].train(request))
     federation.close_round(opened)
     return federation.commit(opened, Score(1.0, 0.5), 100, 0.5)
 
@@ -83,13 +82,13 @@ def test_a_round_that_was_not_committed_has_not_happened(small_federation, tmp_p
     small = small_federation()
     federation, journal = _open(small, tmp_path / "j.sqlite")
     before = federation.adapter.copy()
-    opened = federation.open_round()
+    opened, exchange = federation.open_round()
     for member, machine in zip(opened.cohort, small.machines, strict=True):
-        opened.receive(member.name, machine.train(opened.request(before)))
+        opened.receive(member.name, machine.train(exchange.requests[member.name]))
     closed = federation.close_round(opened)
     assert not np.array_equal(closed, before)
     assert np.array_equal(federation.adapter, before)
-    assert federation.open_round().context.round == 1
+    assert federation.open_round()[0].context.round == 1
     assert journal.last_state()[0] == 0
     journal.close()
 
@@ -127,8 +126,8 @@ def test_too_few_clients_for_a_round(small_federation, tmp_path):
 def test_too_few_answers_for_a_round(small_federation, tmp_path):
     small = small_federation(sizes=(7, 12, 5))  # half of three, rounded up: two
     federation, journal = _open(small, tmp_path / "j.sqlite")
-    opened = federation.open_round()
-    opened.receive("client-1", small.machines[1].train(opened.request(federation.adapter)))
+    opened, exchange = federation.open_round()
+    opened.receive("client-1", small.machines[1].train(exchange.requests["client-1"]))
     for name in opened.pending:
         opened.fail(name, "lost")
     with pytest.raises(TooFewClients, match="lost"):
@@ -160,7 +159,7 @@ def test_weighting_follows_the_configuration(small_federation, tmp_path, weighti
     small = small_federation(f"aggregate.weighting={weighting}", sizes=(3, 9))
     federation, journal = _open(small, tmp_path / "j.sqlite")
     start = federation.adapter
-    opened = federation.open_round()
+    opened, _ = federation.open_round()
     for name, examples, value in (("client-0", 3, 1.0), ("client-1", 9, 2.0)):
         update = np.full(start.size, value, "<f4").tobytes()
         reply = codec.TrainReply(opened.context, update, examples, 0.0, 0.0)

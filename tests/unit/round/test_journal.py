@@ -179,8 +179,8 @@ def test_another_database_and_another_format(tmp_path):
     path.unlink()
     _create(path).close()
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE identity SET value = '2' WHERE key = 'format'")
-    with pytest.raises(RunFolderError, match="format 2"):
+        database.execute("UPDATE identity SET value = '99' WHERE key = 'format'")
+    with pytest.raises(RunFolderError, match="format 99"):
         Journal.open(path)
 
 

@@ -91,7 +91,7 @@ def test_the_update_is_trained_minus_received(small_federation):
     small = small_federation("train.schedule=linear", "train.final-lr-fraction=0.5")
     start = _adapter(small, 0.3)
     reply = _train(small, start, place=1, round=2)
-    rows = small.machines[1]._train_data
+    rows = small.machines[1]._local.train_data
     rng = client_rng(0, 2, "client-1")
     # Round 2 of 3, from 0.05 to 0.025: half-way down.
     plan = LocalPlan(plan_batches(rows.lengths, 3, 4, rng), iter([0.0375] * 3), seed=0)
@@ -116,7 +116,9 @@ def test_evaluation_counts_the_own_test_set(small_federation):
     small = small_federation(tests=9)
     adapter = np.random.default_rng(0).normal(size=small.attached.manifest.size)
     reply = _evaluate(small, adapter.astype(np.float32))
-    expected = small.trainer.evaluate(adapter.astype(np.float32), small.machines[0]._test_data)
+    expected = small.trainer.evaluate(
+        adapter.astype(np.float32), small.machines[0]._local.test_data
+    )
     assert reply.examples == expected.examples == 9
     assert reply.correct == expected.correct
     assert reply.loss_sum == expected.loss_sum

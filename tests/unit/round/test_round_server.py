@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fedtune.aggregate import MomentumRule
 from fedtune.errors import ContextMismatch, JobError, TooFewClients, WireError
-from fedtune.round.server import GlobalState, Member, ServerRound, draw_cohort, minimum_clients
+from fedtune.round.server import GlobalState, Member, PlainRound, draw_cohort, minimum_clients
+from fedtune.round.updates import FloatUpdates
 from fedtune.types import RoundContext
 from fedtune.update import HalfPrecision, UpdatePipeline
 from fedtune.wire import codec
@@ -25,9 +26,9 @@ COHORT = [Member("a", 10, 0), Member("b", 30, 0), Member("c", 5, 0)]
 NAMES = st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=12, unique=True)
 
 
-def _round(**changes: object) -> ServerRound:
-    fields = {"context": CONTEXT, "cohort": COHORT, "pipeline": UpdatePipeline(SIZE), "size": SIZE}
-    return ServerRound(**{**fields, **changes})  # type: ignore[arg-type]
+def _round(**changes: object) -> PlainRound:
+    fields = {"context": CONTEXT, "cohort": COHORT, "updates": FloatUpdates(UpdatePipeline(SIZE))}
+    return PlainRound(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def _reply(
@@ -112,7 +113,9 @@ def test_a_round_is_the_weighted_mean_of_what_was_counted(by_examples):
 
 
 def test_updates_are_decoded_by_the_pipeline():
-    opened = _round(cohort=COHORT[:1], pipeline=UpdatePipeline(SIZE, [HalfPrecision()]))
+    opened = _round(
+        cohort=COHORT[:1], updates=FloatUpdates(UpdatePipeline(SIZE, [HalfPrecision()]))
+    )
     data = np.array([0.5, -2.0, 1.0], "<f2").tobytes()
     reply = codec.TrainReply(CONTEXT, data, 10, 1.0, 0.0)
     opened.receive("a", codec.encode_train_reply(reply))
@@ -122,7 +125,7 @@ def test_updates_are_decoded_by_the_pipeline():
 
 def test_the_request_holds_the_adapter():
     adapter = np.array([1.5, -2.0, 3.25], np.float32)
-    request = codec.decode_train_request(_round().request(adapter), 12)
+    request = codec.decode_train_request(next(iter(_round().begin(adapter).requests.values())), 12)
     assert request.context == CONTEXT
     assert np.frombuffer(request.adapter, "<f4").tolist() == adapter.tolist()
 

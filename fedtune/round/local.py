@@ -1,0 +1,114 @@
+"""A client's own work: train from a global adapter, evaluate one. No messages here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedtune.config import Config
+from fedtune.errors import ContextMismatch, MalformedMessage, TrainingError
+from fedtune.train.batches import (
+    client_rng,
+    dropout_seed,
+    learning_rate,
+    plan_batches,
+    rounding_rng,
+)
+from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, Trainer
+from fedtune.types import Float32Vector, RoundContext
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """Trained minus received (float32, manifest order), mean loss if it may leave, seconds."""
+
+    update: Float32Vector
+    loss: float | None
+    seconds: float
+
+
+class LocalWork:
+    """One client's data and trainer, under one configuration."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        trainer: Trainer,
+        train_data: Dataset,
+        test_data: Dataset | None,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.manifest = trainer.manifest
+        self.base_digest = trainer.base_digest
+        self._trainer = trainer
+        self.train_data = train_data
+        self.test_data = test_data
+
+    @property
+    def train_examples(self) -> int:
+        """Rows to train on."""
+        return len(self.train_data)
+
+    @property
+    def test_examples(self) -> int:
+        """Rows to evaluate on."""
+        return len(self.test_data) if self.test_data is not None else 0
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Length of a global adapter on the wire."""
+        return self.manifest.size * 4
+
+    def context(self, run_id: str, round_number: int) -> RoundContext:
+        """What a message of that run and round must be about."""
+        return RoundContext(
+            run_id=run_id,
+            round=round_number,
+            base_digest=self.base_digest,
+            manifest_digest=self.manifest.digest,
+            config_digest=self.config.digest,
+        )
+
+    def check_round(self, round_number: int) -> None:
+        """Raise `ContextMismatch` for a round that the configuration does not have."""
+        if not 1 <= round_number <= self.config.rounds.count:
+            raise ContextMismatch(
+                f"round {round_number} of a run of {self.config.rounds.count} rounds"
+            )
+
+    def read_adapter(self, data: bytes) -> Float32Vector:
+        """A global adapter from the wire; raises `MalformedMessage` if it is not finite."""
+        vector = np.frombuffer(data, "<f4")
+        if not np.isfinite(vector).all():
+            raise MalformedMessage("the global adapter has values that are not finite")
+        return vector.astype(np.float32)
+
+    def train(self, adapter: Float32Vector, round_number: int) -> LocalUpdate:
+        """Train from `adapter`; raises `TrainingError` when training fails."""
+        rows = len(self.train_data)
+        if not rows:
+            raise TrainingError("this client has no training examples")
+        train, rounds = self.config.train, self.config.rounds
+        lr = learning_rate(
+            train.schedule, train.lr, train.final_lr_fraction, round_number - 1, rounds.count
+        )
+        rng = client_rng(self.config.seed, round_number, self.name)
+        batches = plan_batches(self.train_data.lengths, train.steps, train.batch_size, rng)
+        plan = LocalPlan(
+            batches, (lr for _ in range(train.steps)), dropout_seed(rng), train.batch_size
+        )
+        result = self._trainer.train(adapter, self.train_data, plan)
+        return LocalUpdate(result.adapter - adapter, result.loss, result.seconds)
+
+    def rounding(self, round_number: int) -> np.random.Generator:
+        """Decides in which direction this round's values are rounded; not secret."""
+        return rounding_rng(self.config.seed, round_number, self.name)
+
+    def evaluate(self, adapter: Float32Vector) -> Evaluation:
+        """Evaluate on the client's own test set; raises `TrainingError` if there is none."""
+        if self.test_data is None:
+            raise TrainingError("this client has no test set to evaluate on")
+        return self._trainer.evaluate(adapter, self.test_data)

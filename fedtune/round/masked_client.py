@@ -1,0 +1,112 @@
+"""The client's half of a masked round: verify, check, remember, and only then answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from hashlib import sha256
+from hmac import compare_digest
+
+from fedtune.errors import ContextMismatch
+from fedtune.round.local import LocalWork
+from fedtune.round.membership import Membership
+from fedtune.round.terms import make_quantizer, make_ring, make_terms
+from fedtune.secagg.client import ClientSession
+from fedtune.secagg.keys import SERVER
+from fedtune.wire import aggregation as codec
+from fedtune.wire.context import check_context
+from fedtune.wire.envelope import Envelope, Kind, read_envelope, seal_envelope
+
+
+class MaskedClient:
+    """One client under secure aggregation; what it must remember is in its site's store."""
+
+    def __init__(self, local: LocalWork, membership: Membership) -> None:
+        self._local = local
+        self._site = membership
+        terms = make_terms(local.config)
+        # The site may want more updates in a sum than the federation does.
+        self._terms = replace(terms, minimum=max(terms.minimum, membership.policy.min_cohort))
+        self._clients = len(membership.roster.keys)
+
+    def converse(self, payload: bytes) -> bytes:
+        """Answer an invitation, a cohort, a survivor set or a request to unmask."""
+        envelope = read_envelope(payload, codec.cohort_limit(self._clients))
+        if envelope.kind is Kind.INVITE:
+            return self._advertise(envelope)
+        steps = {
+            Kind.COHORT: self._share,
+            Kind.SURVIVORS: self._sign,
+            Kind.UNMASKING: self._reveal,
+        }
+        saved = self._site.store.find(self._local.name, envelope.session)
+        body = self._open(envelope, *steps)
+        return steps[envelope.kind](saved.state, body)
+
+    def train(self, payload: bytes) -> bytes:
+        """Answer a request to train with masked values."""
+        local, site = self._local, self._site
+        limit = local.adapter_bytes + codec.list_limit(self._clients)
+        envelope = read_envelope(payload, limit)
+        saved = site.store.find(local.name, envelope.session)
+        body = self._open(envelope, Kind.TRAIN_REQUEST)
+        adapter, delivery = codec.decode_train_request(body, local.adapter_bytes, self._clients)
+        if not compare_digest(sha256(adapter).hexdigest(), saved.adapter_digest):
+            raise ContextMismatch("not the global adapter that all clients were invited to")
+        accepted = saved.state.accept(delivery, self._terms)
+        release = site.release(local, saved.round)
+        if release is not None:
+            site.check_budget(local, saved.run_id, release)
+        result = local.train(local.read_adapter(adapter), saved.round)
+        cohort = len(accepted.adverts)
+        quantizer = make_quantizer(local.config, local.manifest.size, cohort)
+        counts = site.policy.share_metrics != "never"
+        values = quantizer.encode(
+            result.update,
+            local.train_examples if counts else 1,
+            (result.loss or 0.0) if counts else 0.0,
+            local.rounding(saved.round),
+        )
+        masked, packed = accepted.mask(values, make_ring(quantizer, cohort), self._terms)
+        # From the stored state: whoever sends the request twice gets one answer.
+        site.store.advance(saved.state, masked, release)
+        return self._seal(Kind.UPDATE, masked, codec.encode_update(packed, result.seconds))
+
+    def _advertise(self, envelope: Envelope) -> bytes:
+        session = codec.decode_invite(envelope.body)
+        context = session.context
+        expected = self._local.context(context.run_id, context.round)
+        check_context(context, expected)
+        self._local.check_round(context.round)
+        if session.roster_digest != self._site.roster.digest:
+            raise ContextMismatch("the other side has another roster")
+        # The body says what the digest over it must be: nothing else was signed.
+        envelope.open(self._site.roster, SERVER, session.digest, (Kind.INVITE,))
+        state, advert = ClientSession.begin(self._site.identity, session)
+        self._site.store.begin(self._local.name, session, state)
+        return self._seal(Kind.ADVERT, state, codec.encode_advert(advert))
+
+    def _share(self, state: ClientSession, body: bytes) -> bytes:
+        adverts = codec.decode_cohort(body, self._clients)
+        shared, shares = state.share(adverts, self._site.roster, self._terms)
+        self._site.store.advance(state, shared)
+        return self._seal(Kind.SEALED_SHARES, shared, codec.encode_sealed_shares(shares))
+
+    def _sign(self, state: ClientSession, body: bytes) -> bytes:
+        survivors = codec.decode_survivors(body, self._clients)
+        signed, signature = state.sign(survivors, self._site.identity, self._terms)
+        if signed is not state:
+            self._site.store.advance(state, signed)
+        return self._seal(Kind.SIGNATURE, signed, codec.encode_signature(signature))
+
+    def _reveal(self, state: ClientSession, body: bytes) -> bytes:
+        unmasking = codec.decode_unmasking(body, self._clients)
+        revealed, reveal = state.reveal(unmasking, self._site.roster, self._terms)
+        if revealed.stage is not state.stage:
+            self._site.store.advance(state, revealed)
+        return self._seal(Kind.REVEAL, revealed, codec.encode_reveal(reveal))
+
+    def _open(self, envelope: Envelope, *kinds: Kind) -> bytes:
+        return envelope.open(self._site.roster, SERVER, envelope.session, kinds)
+
+    def _seal(self, kind: Kind, state: ClientSession, body: bytes) -> bytes:
+        return seal_envelope(self._site.identity, kind, state.session, body)

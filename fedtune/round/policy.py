@@ -1,0 +1,85 @@
+"""The site decides: what its policy forbids it does not do, whoever asks."""
+
+from __future__ import annotations
+
+from fedtune.config import Config, Policy
+from fedtune.errors import PolicyRefusal
+
+# Both units hide a record: a client's absence hides all of its records.
+_HIDES = {
+    "none": {"none", "record", "client"},
+    "record": {"record", "client"},
+    "client": {"client"},
+}
+
+
+def check_policy(
+    policy: Policy, config: Config, base_digest: str, rule: str, roster_digest: bytes | None
+) -> None:
+    """Raise `PolicyRefusal`, naming the key, if this federation is not one for this site.
+
+    `roster_digest` is None where there is no roster, because nothing is masked.
+    """
+    for key, wrong, found in (
+        ("require-masking", policy.require_masking and not config.secagg.enabled, "no masking"),
+        ("min-threshold", _below(config, policy.min_threshold, "threshold"), "a lower threshold"),
+        ("min-colluding", _below(config, policy.min_colluding, "colluding"), "fewer colluders"),
+        (
+            "require-privacy",
+            config.privacy.unit not in _HIDES[policy.require_privacy],
+            f"privacy.unit = {config.privacy.unit}",
+        ),
+        (
+            "max-epsilon",
+            policy.max_epsilon is not None and config.privacy.unit == "none",
+            "no differential privacy",
+        ),
+        (
+            "max-delta",
+            config.privacy.unit != "none" and config.privacy.delta > policy.max_delta,
+            f"privacy.delta = {config.privacy.delta:g}",
+        ),
+        (
+            "base-digests",
+            bool(policy.base_digests) and base_digest not in policy.base_digests,
+            f"base model {base_digest[:12]}",
+        ),
+        ("rules", bool(policy.rules) and rule not in policy.rules, f"the rule {rule}"),
+        (
+            "max-update-norm",
+            policy.max_update_norm is not None
+            and (config.update.clip or float("inf")) > policy.max_update_norm,
+            f"update.clip = {config.update.clip}",
+        ),
+        (
+            "share-metrics",
+            policy.share_metrics == "never" and config.aggregate.weighting == "examples",
+            "weighting by examples, which counts them",
+        ),
+        (
+            "share-metrics",
+            policy.share_metrics != "each" and not config.secagg.enabled,
+            "no masking, so this site's own loss and example count",
+        ),
+        (
+            "roster-digest",
+            policy.roster_digest is not None
+            and (roster_digest or b"").hex() != policy.roster_digest,
+            "another roster",
+        ),
+    ):
+        if wrong:
+            raise PolicyRefusal(f"policy.{key} of this site forbids {found}")
+
+
+def check_noise(policy: Policy, noise_multiplier: float) -> None:
+    """Raise `PolicyRefusal` for less noise than the policy wants."""
+    if policy.min_noise is not None and noise_multiplier < policy.min_noise:
+        raise PolicyRefusal(
+            f"policy.min-noise of this site is {policy.min_noise:g}, "
+            f"the federation's noise multiplier {noise_multiplier:g}"
+        )
+
+
+def _below(config: Config, least: float, name: str) -> bool:
+    return config.secagg.enabled and getattr(config.secagg, name) < least - 1e-9

@@ -1,0 +1,178 @@
+"""What a site remembers: its part in each round, and the privacy it has spent.
+
+One SQLite file. A session's state is made durable before the answer that it stands for is sent,
+so a site that is killed at any moment and started again says nothing twice.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedtune.errors import ProtocolViolation, RunFolderError
+from fedtune.privacy.accountant import Ledger, Release
+from fedtune.secagg.client import ClientSession, Stage
+from fedtune.secagg.keys import Identity
+from fedtune.secagg.saved import dump, load
+from fedtune.secagg.session import Session
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS identities (name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS sessions (
+    client TEXT NOT NULL,
+    run_id TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    session BLOB NOT NULL,        -- digest
+    adapter_digest TEXT NOT NULL,
+    stage TEXT NOT NULL,
+    state BLOB NOT NULL,          -- secret: keys and shares of this one session
+    PRIMARY KEY (client, run_id)  -- only the last one is kept
+) STRICT;
+CREATE TABLE IF NOT EXISTS releases (
+    client TEXT NOT NULL,
+    run_id TEXT NOT NULL,
+    release TEXT NOT NULL         -- JSON; rows are added and never changed
+) STRICT;
+"""
+# After these, a round's sum may be open: the site takes no further attempt at that round.
+_FINAL = (Stage.SIGNED, Stage.REVEALED)
+
+
+@dataclass(frozen=True)
+class SavedSession:
+    """A session that a client is in."""
+
+    run_id: str
+    round: int
+    adapter_digest: str
+    state: ClientSession
+
+
+class SiteStore:
+    """The memory of one site, or in a simulation of all of them in one file."""
+
+    def __init__(self, path: Path, synchronous: Literal["FULL", "NORMAL"] = "FULL") -> None:
+        """Open or make it. `NORMAL` survives the end of the process, not that of the machine."""
+        self._path = path
+        try:
+            # The file is made for its owner alone before anything secret is in it.
+            path.touch(mode=0o600, exist_ok=True)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute(f"PRAGMA synchronous = {synchronous}")
+            self._db.execute("PRAGMA secure_delete = ON")
+            self._db.executescript(_SCHEMA)
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise RunFolderError(f"{path}: not the memory of a site: {error}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def enrol(self, names: Iterable[str]) -> dict[str, Identity]:
+        """The identities of `names`, made where they are not there yet."""
+        fresh = [(name, Identity.generate(name).private_key) for name in names]
+        with self._transaction() as db:
+            db.executemany("INSERT OR IGNORE INTO identities VALUES (?, ?)", fresh)
+            rows = db.execute("SELECT name, private_key FROM identities ORDER BY name").fetchall()
+        wanted = {name for name, _ in fresh}
+        return {name: Identity(name, key) for name, key in rows if name in wanted}
+
+    def begin(self, client: str, session: Session, state: ClientSession) -> None:
+        """Take part in a session.
+
+        Raises `ProtocolViolation` for a round before the last one, a round whose sum may be
+        open already, or an attempt that is not a new one.
+        """
+        context = session.context
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT round, attempt, stage FROM sessions WHERE client = ? AND run_id = ?",
+                (client, context.run_id),
+            ).fetchone()
+            if row is not None:
+                number, attempt, stage = row
+                if context.round < number:
+                    raise ProtocolViolation(f"round {context.round} after round {number}")
+                if context.round == number and stage in _FINAL:
+                    raise ProtocolViolation(f"this client has finished round {number} already")
+                if context.round == number and session.attempt <= attempt:
+                    raise ProtocolViolation(f"attempt {session.attempt} after attempt {attempt}")
+            db.execute(
+                "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    client,
+                    context.run_id,
+                    context.round,
+                    session.attempt,
+                    session.digest,
+                    session.adapter_digest,
+                    state.stage,
+                    dump(state),
+                ),
+            )
+
+    def find(self, client: str, session: bytes) -> SavedSession:
+        """The session with this digest; raises `ProtocolViolation` if the client is not in it."""
+        row = self._db.execute(
+            "SELECT run_id, round, adapter_digest, state FROM sessions "
+            "WHERE client = ? AND session = ?",
+            (client, session),
+        ).fetchone()
+        if row is None:
+            raise ProtocolViolation("a message of a session that this client is not in")
+        run_id, number, adapter_digest, state = row
+        return SavedSession(run_id, number, adapter_digest, load(state))
+
+    def advance(
+        self, before: ClientSession, after: ClientSession, release: Release | None = None
+    ) -> None:
+        """Replace a session's state, and enter what the next answer releases, at once.
+
+        Raises `ProtocolViolation` if the session has gone on meanwhile.
+        """
+        with self._transaction() as db:
+            changed = db.execute(
+                "UPDATE sessions SET stage = ?, state = ? "
+                "WHERE client = ? AND session = ? AND stage = ?",
+                (after.stage, dump(after), before.name, before.session, before.stage),
+            )
+            if changed.rowcount != 1:
+                raise ProtocolViolation("this client has answered already")
+            if release is not None:
+                db.execute(
+                    "INSERT INTO releases SELECT client, run_id, ? FROM sessions "
+                    "WHERE client = ? AND session = ?",
+                    (json.dumps(Ledger([release]).to_json()), before.name, before.session),
+                )
+
+    def release(self, client: str, run_id: str, release: Release) -> None:
+        """Enter a release outside of a session, before it leaves."""
+        entry = json.dumps(Ledger([release]).to_json())
+        with self._transaction() as db:
+            db.execute("INSERT INTO releases VALUES (?, ?, ?)", (client, run_id, entry))
+
+    def ledger(self, client: str, run_id: str) -> Ledger:
+        """All that the client has released in a run."""
+        rows = self._db.execute(
+            "SELECT release FROM releases WHERE client = ? AND run_id = ? ORDER BY rowid",
+            (client, run_id),
+        )
+        entries = [Ledger.from_json(json.loads(text)).releases for (text,) in rows]
+        return Ledger(release for releases in entries for release in releases)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._db
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
