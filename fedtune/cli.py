@@ -184,6 +184,60 @@ def init(
     typer.echo((PRESETS / f"{preset}.toml").read_text(), nl=False)
 
 
+privacy = typer.Typer(
+    help="Plan differential privacy before anything is trained.", no_args_is_help=True
+)
+app.add_typer(privacy, name="privacy")
+
+
+@privacy.command(
+    epilog="Examples:  fedtune privacy plan --unit client --epsilon 8 --clients 100  |  "
+    "fedtune privacy plan --unit record --epsilon 3 --examples 2000  |  "
+    "fedtune privacy plan --unit record --noise-multiplier 1.1 --rounds 20"
+)
+def plan(
+    unit: Annotated[
+        str | None, typer.Option(help="Whose presence is hidden: client or record.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The budget of the whole run.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Probability of the exception.")] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="Noise in units of the clip norm, instead of a budget.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
+    clients: Annotated[int | None, typer.Option(help="Clients per round.")] = None,
+    examples: Annotated[int, typer.Option(help="Training examples of one client.")] = 400,
+    parameters: Annotated[int, typer.Option(help="Size of the adapter.")] = 100_000,
+    preset: Annotated[str, typer.Option(help="A packaged configuration.")] = "hospitals",
+    config: Annotated[
+        Path | None, typer.Option(help="A federation.toml instead of a preset.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Set any configuration key."),
+    ] = None,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Which noise an epsilon needs, or which epsilon a noise gives."""
+    from fedtune.simulation import plan as planning
+
+    request = planning.PlanRequest(
+        preset=preset,
+        config=config,
+        unit=unit,
+        epsilon=epsilon,
+        delta=delta,
+        noise_multiplier=noise_multiplier,
+        rounds=rounds,
+        clients=clients,
+        examples=examples,
+        parameters=parameters,
+        settings=tuple(settings or ()),
+    )
+    raise typer.Exit(planning.plan(request, as_json))
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,

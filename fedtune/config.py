@@ -23,6 +23,7 @@ from fedtune.types import digest_of
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "hospitals"
+UNSET = "unset"
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -179,7 +180,8 @@ class Update(_Table):
             raise ValueError(f"update.{given} needs update.{missing}; set both or neither")
         if self.bits is not None and self.compress != "none":
             raise ValueError(
-                f"update.compress = {self.compress} and update.bits = {self.bits}: take one of them"
+                f"update.compress = {self.compress} and update.bits = {self.bits}: take one of "
+                "them; --set update.bits=unset --set update.clip=unset takes the other"
             )
         return self
 
@@ -425,7 +427,7 @@ def _json(value: Mapping[str, Any]) -> str:
 
 
 def _apply(value: dict[str, Any], override: str) -> None:
-    """Set `table.key=value` in a parsed TOML document."""
+    """Set `table.key=value` in a parsed TOML document; `table.key=unset` takes the key out."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -441,7 +443,10 @@ def _apply(value: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"--set {override}: '{key}' is a value, not a table")
         value = table
-    value[keys[-1]] = parsed
+    if parsed == UNSET:
+        value.pop(keys[-1], None)
+    else:
+        value[keys[-1]] = parsed
 
 
 def _describe(detail: ErrorDetails, known: list[str]) -> str:

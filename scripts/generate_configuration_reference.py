@@ -22,7 +22,8 @@ INTRODUCTION = """\
 
 One TOML file describes a federation. `fedtune init > federation.toml` prints the preset
 `hospitals` to start from, `fedtune simulate --config federation.toml` runs it, and
-`--set table.key=value` overrides any key. Unknown keys, wrong types and values out of range
+`--set table.key=value` overrides any key, `--set table.key=unset` takes one out that a preset has
+set. Unknown keys, wrong types and values out of range
 are refused before anything is written.
 
 Packaged presets: {presets}.

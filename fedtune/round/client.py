@@ -85,7 +85,7 @@ class ClientMachine:
                 context=request.context,
                 update=self._encode(result, number),
                 examples=self._local.train_examples,
-                loss=result.loss or 0.0,
+                loss=result.loss,
                 train_seconds=result.seconds,
             )
         )
@@ -107,7 +107,7 @@ class ClientMachine:
         if self._config.update.bits is None:
             return self._pipeline.encode(result.update)
         quantizer = make_quantizer(self._config, self._local.manifest.size, 1)
-        examples, loss = self._local.train_examples, result.loss or 0.0
+        examples, loss = self._local.train_examples, result.loss
         rng = self._local.rounding(round_number)
         ring = make_ring(quantizer, 1)
         return ring.pack(ring.lower(quantizer.encode(result.update, examples, loss, rng)))

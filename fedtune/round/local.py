@@ -21,10 +21,14 @@ from fedtune.types import Float32Vector, RoundContext
 
 @dataclass(frozen=True)
 class LocalUpdate:
-    """Trained minus received (float32, manifest order), mean loss if it may leave, seconds."""
+    """Trained minus received (float32, manifest order).
+
+    Mean loss and seconds are 0 under differential privacy: a loss has no noise, and from the
+    time one can tell how many examples were drawn.
+    """
 
     update: Float32Vector
-    loss: float | None
+    loss: float
     seconds: float
 
 
@@ -101,7 +105,10 @@ class LocalWork:
             batches, (lr for _ in range(train.steps)), dropout_seed(rng), train.batch_size
         )
         result = self._trainer.train(adapter, self.train_data, plan)
-        return LocalUpdate(result.adapter - adapter, result.loss, result.seconds)
+        update = result.adapter - adapter
+        if self.config.privacy.unit != "none":
+            return LocalUpdate(update, 0.0, 0.0)
+        return LocalUpdate(update, result.loss or 0.0, result.seconds)
 
     def rounding(self, round_number: int) -> np.random.Generator:
         """Decides in which direction this round's values are rounded; not secret."""

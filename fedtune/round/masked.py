@@ -136,7 +136,8 @@ class MaskedRound:
     def fail(self, client: str, reason: str) -> None:
         """See `server.ServerRound.fail`. After its values have arrived a client stays counted."""
         self._pending.remove(client)
-        self.failed[client] = f"asked to {self._stage}: {reason}"
+        at = "" if self._stage == "train" else f"asked to {self._stage}: "
+        self.failed[client] = f"{at}{reason}"
 
     @property
     def pending(self) -> list[str]:

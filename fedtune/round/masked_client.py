@@ -63,7 +63,7 @@ class MaskedClient:
         values = quantizer.encode(
             result.update,
             local.train_examples if counts else 1,
-            (result.loss or 0.0) if counts else 0.0,
+            result.loss if counts else 0.0,
             local.rounding(saved.round),
         )
         masked, packed = accepted.mask(values, make_ring(quantizer, cohort), self._terms)

@@ -95,9 +95,13 @@ class RoundKey:
         return cls(secrets.token_bytes(KEY_BYTES))
 
     @cached_property
+    def _key(self) -> X25519PrivateKey:
+        return X25519PrivateKey.from_private_bytes(self.private_key)
+
+    @cached_property
     def public_key(self) -> bytes:
         """32 bytes."""
-        return X25519PrivateKey.from_private_bytes(self.private_key).public_key().public_bytes_raw()
+        return self._key.public_key().public_bytes_raw()
 
     def secret_with(self, public_key: bytes, purpose: str, binding: bytes, *names: str) -> bytes:
         """32 bytes that only the holders of the two private keys can derive (HKDF-SHA256).
@@ -107,8 +111,7 @@ class RoundKey:
         same secret with every private key (RFC 7748, section 6.1).
         """
         try:
-            own = X25519PrivateKey.from_private_bytes(self.private_key)
-            shared = own.exchange(X25519PublicKey.from_public_bytes(public_key))
+            shared = self._key.exchange(X25519PublicKey.from_public_bytes(public_key))
         except ValueError as error:
             raise BadSignature("a public key contributes nothing to the shared secret") from error
         info = transcript(purpose, [name.encode() for name in names])

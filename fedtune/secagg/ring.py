@@ -53,9 +53,8 @@ class Ring:
 
     def lift(self, words: RingVector) -> NDArray[np.int64]:
         """Ring elements as the signed integers in [-2^(bits-1), 2^(bits-1)), int64."""
-        half = self.modulus >> 1
         values = words.astype(np.int64)
-        values[values >= half] -= self.modulus
+        values -= (values >> (self.bits - 1)) << self.bits  # the top bit counts -2^(bits-1)
         return values
 
     def packed_bytes(self, size: int) -> int:

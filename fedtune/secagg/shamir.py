@@ -65,8 +65,8 @@ def _points(shares: int) -> range:
 
 
 def _evaluate(polynomial: Sequence[int], point: int) -> int:
-    """Horner's rule; coefficients from the highest degree down."""
+    """Horner's rule, reduced once at the end; coefficients from the highest degree down."""
     value = 0
     for coefficient in polynomial:
-        value = (value * point + coefficient) % PRIME
-    return value
+        value = value * point + coefficient
+    return value % PRIME

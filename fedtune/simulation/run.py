@@ -127,8 +127,15 @@ class Simulation:
         After Ctrl-C (`KeyboardInterrupt`) results so far are written and the exception goes on.
         A job that fails is in the outcome; its results so far are written too.
         """
+        try:
+            return self._execute()
+        finally:
+            self._close_sites()
+
+    def _execute(self) -> Outcome:
         quiet()
         self._run.rewrite_metrics()
+        self._close_sites()  # an open database must not go through a fork
         status: Status = "finished"
         error: JobError | None = None
         pool = make_pool(self._job, self._options.workers, self._options.wire, self._sites)
@@ -164,6 +171,10 @@ class Simulation:
         """See `flower.strategy.Observer`."""
         self._refused.append(f"node {node} was refused: {reason}")
         self._progress.note(self._refused[-1])
+
+    def _close_sites(self) -> None:
+        if self._sites is not None:
+            self._sites.close()
 
     def _rounds(self, pool: Pool) -> None:
         job = self._job

@@ -39,6 +39,11 @@ class Sites:
         names = [name for name in self._identities if name != SERVER]
         return max(store.ledger(name, run_id).epsilon(delta) for name in names)
 
+    def close(self) -> None:
+        """Close the file; whoever does so last makes one file of it and its log."""
+        self._opened().close()
+        self._store = None
+
     def _opened(self) -> SiteStore:
         # A connection must not be used on both sides of a fork.
         if self._store is None or self._store[0] != os.getpid():

@@ -328,7 +328,7 @@ def read_journal(run: Path) -> list[dict[str, Any]]:
     """The records in the journal, read without fedtune."""
     import sqlite3
 
-    with sqlite3.connect(f"file:{run / 'journal.db'}?mode=ro", uri=True) as database:
+    with sqlite3.connect(run / "journal.db") as database:
         rows = database.execute("SELECT record FROM rounds WHERE round > 0 ORDER BY round")
         return [json.loads(text) for (text,) in rows]
 

@@ -556,7 +556,7 @@ def test_a_setting_that_the_message_promises_works(
         words = [word for pair in given.items() for word in pair]
         data = str(workshop / "good.jsonl")
         base = [str(tiny_base) if word == "{base}" else word for word in BASE]
-        return run_main(*base, "--data", data, *words)
+        return run_main(*base, "--data", data, *words, "--set", "secagg.enabled=false")
 
     code, _, err = simulate()
     assert code == 2

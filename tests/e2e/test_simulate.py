@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 RunMain = Callable[..., tuple[int, str, str]]
 Finished = tuple[Path, str, str]
-ENVELOPE = 512  # digests, a name, counts
+CONVERSATION = 6_000  # five exchanges: keys, shares and signatures of four clients
+PLAIN = ("--set", "secagg.enabled=false")
 
 
 def classify(model: Any, base: Path, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -81,6 +82,7 @@ class TestRunFolder:
             "journal.db",
             "journal.lock",
             "metrics.jsonl",
+            "sites.db",
             "summary.json",
             "report.html",
             "tensorboard",
@@ -134,17 +136,20 @@ class TestRunFolder:
         assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
         assert metrics[-1]["accuracy"] > 0.4  # of four labels
 
-    def test_traffic_is_the_adapter_and_a_small_envelope(self, finished_run: Finished) -> None:
+    def test_traffic_is_packed_integers_up_and_the_adapter_down(
+        self, finished_run: Finished
+    ) -> None:
         summary, metrics = read_summary(finished_run[0]), read_metrics(finished_run[0])
-        vector = 4 * summary["adapter_parameters"]
-        assert summary["adapter_parameters"] == sum(
-            tensor.size for tensor in adapter_tensors(finished_run[0]).values()
-        )
+        parameters = summary["adapter_parameters"]
+        assert parameters == sum(t.size for t in adapter_tensors(finished_run[0]).values())
+        # Four clients of 16 bits: a sum takes 18, and so does each value of a client.
+        bits = (2 * 4 * (2**15 - 1)).bit_length()
+        up, down = bits * parameters // 8, 4 * parameters
         for row in metrics:
-            assert 4 * vector < row["bytes_up"] <= 4 * (vector + ENVELOPE)
-            assert 4 * vector < row["bytes_down"] <= 4 * (vector + ENVELOPE)
-        assert vector < summary["bytes_up_per_client_round"] <= vector + ENVELOPE
-        assert vector < summary["bytes_down_per_client_round"] <= vector + ENVELOPE
+            assert 4 * up < row["bytes_up"] <= 4 * (up + CONVERSATION)
+            assert 4 * down < row["bytes_down"] <= 4 * (down + CONVERSATION)
+        assert up < summary["bytes_up_per_client_round"] <= up + CONVERSATION
+        assert down < summary["bytes_down_per_client_round"] <= down + CONVERSATION
         assert summary["bytes_up"] == sum(row["bytes_up"] for row in metrics)
 
     def test_report_shows_the_run_and_asks_nothing_of_the_network(
@@ -342,17 +347,20 @@ def test_a_second_run_finds_a_name_of_its_own(launcher: Launcher, quick: list[st
     )
 
 
-def test_float16_halves_what_a_client_sends(
-    finished_run: Finished, launcher: Launcher, quick: list[str]
-) -> None:
-    code, command = launcher.run(*quick, "--out", "half", "--set", "update.compress=float16")
+def test_float16_halves_what_a_client_sends(launcher: Launcher, quick: list[str]) -> None:
+    floats = (*PLAIN, "--set", "update.bits=unset", "--set", "update.clip=unset")
+    code, command = launcher.run(*quick, "--out", "full", *floats)
     assert code == 0, command.stderr
-    full, half = read_summary(finished_run[0]), read_summary(launcher.folder / "half")
+    code, command = launcher.run(*quick, "--out", "half", *floats, "--set=update.compress=float16")
+    assert code == 0, command.stderr
+    full, half = read_summary(launcher.folder / "full"), read_summary(launcher.folder / "half")
     parameters = full["adapter_parameters"]
     assert half["bytes_up"] == full["bytes_up"] - 3 * 4 * 2 * parameters
     assert half["bytes_down"] == full["bytes_down"]
     for name, tensor in adapter_tensors(launcher.folder / "half").items():
-        np.testing.assert_allclose(tensor, adapter_tensors(finished_run[0])[name], atol=0.02)
+        np.testing.assert_allclose(
+            tensor, adapter_tensors(launcher.folder / "full")[name], atol=0.02
+        )
 
 
 def test_references_add_what_to_compare_with_and_change_nothing(
@@ -431,7 +439,9 @@ class TestData:
             write_rows(folder / f"ward-{place}" / "train.jsonl", rows)
         write_rows(folder / "ward-0" / "test.jsonl", test)
 
-        code, command = launcher.run(*small, "--data", folder, "--out", "run", "--references")
+        code, command = launcher.run(
+            *small, "--data", folder, "--out", "run", "--references", *PLAIN
+        )
 
         assert code == 0, command.stderr
         alone = [c["local_accuracy"] for c in read_summary(launcher.folder / "run")["per_client"]]
@@ -522,7 +532,7 @@ class TestData:
     def test_a_cohort_is_drawn_for_each_round(
         self, launcher: Launcher, small: list[str], client_folders: Path
     ) -> None:
-        drawn = ("--set", "rounds.clients-per-round=2", "--rounds", "6")
+        drawn = (*PLAIN, "--set", "rounds.clients-per-round=2", "--rounds", "6")
         code, command = launcher.run(*small, "--data", client_folders, "--out", "run", *drawn)
         assert code == 0, command.stderr
         cohorts = [tuple(row["clients"]) for row in read_metrics(launcher.folder / "run")]
