@@ -144,8 +144,10 @@ class Rounds(_Table):
 class Aggregate(_Table):
     """How updates become the next global adapter."""
 
-    rule: Literal["fedavg"] = "fedavg"
-    """`fedavg`: the mean of the updates (McMahan et al. 2017)."""
+    rule: Literal["fedavg", "median", "krum"] = "fedavg"
+    """`fedavg`: the weighted mean of the updates (McMahan et al. 2017). `median`: of each value
+    (Yin et al. 2018). `krum`: the update nearest to the others (Blanchard et al. 2017). The last
+    two look at single updates: not together with `secagg.enabled` or `update.bits`."""
     weighting: Literal["examples", "uniform"] = "examples"
     """What a client's update counts: its training examples, or each the same."""
     server_optimizer: Literal["sgd", "adam"] = "sgd"
@@ -273,6 +275,17 @@ class Config(_Table):
 
     @model_validator(mode="after")
     def _privacy_is_possible(self) -> Self:
+        rule = self.aggregate.rule
+        if rule != "fedavg" and (self.secagg.enabled or self.update.bits is not None):
+            raise ValueError(
+                f"aggregate.rule = {rule} needs to see single updates, and with secagg.enabled or "
+                "update.bits there is only their sum; use fedavg, with server-momentum or "
+                "server-optimizer = adam if it is to be steadier"
+            )
+        if rule != "fedavg" and self.aggregate.weighting != "uniform":
+            raise ValueError(
+                f"aggregate.rule = {rule} weighs all alike: aggregate.weighting must be uniform"
+            )
         if self.secagg.enabled and self.update.bits is None:
             raise ValueError(
                 "secagg.enabled needs integers: set update.clip and update.bits, as in the preset"

@@ -119,6 +119,7 @@ class Summary(Record):
     seconds: Number
     train_seconds: Number
     peak_rss_mb: Number
+    masked: bool  # whether the server saw only sums of updates
     epsilon: float | None
     epsilon_unit: str  # words: whose presence it is about, and at which delta
     config_digest: str

@@ -15,7 +15,7 @@ from fedtune.errors import LateMessage, TooFewClients, WireError
 from fedtune.flower.envelope import RECORD, unwrap, wrap
 from fedtune.records import RoundRecord
 from fedtune.round.federation import Federation, Score
-from fedtune.round.server import Exchange, ServerRound
+from fedtune.round.server import Exchange, ServerRound, reasons
 from fedtune.types import Float32Vector
 from fedtune.wire import codec
 from fedtune.wire.context import check_context
@@ -137,6 +137,7 @@ class FederatedFineTuning(Strategy):
         content = wrap(codec.encode_hello_request(self._federation.run_id))
         messages = [Message(content, node, MessageType.QUERY) for node in sorted(nodes)]
         timeout = self._federation.config.rounds.timeout
+        refused: dict[str, str] = {}
         for message in grid.send_and_receive(messages, timeout=timeout):
             node = message.metadata.src_node_id
             try:
@@ -144,7 +145,10 @@ class FederatedFineTuning(Strategy):
                     raise WireError(message.error.reason)
                 self._nodes[self._federation.admit(unwrap(message)).name] = node
             except WireError as error:
+                refused[f"node {node}"] = str(error)
                 self._observer.client_refused(node, str(error))
+        if not self._federation.members:
+            raise TooFewClients(f"no client takes part ({reasons(refused)})")
 
     def _hold(self, exchange: Exchange) -> Exchange | None:
         """Ask and wait for the answers; the exchange that follows."""

@@ -85,6 +85,10 @@ def _tiles(summary: Summary) -> list[Tile]:
         ),
         Tile("Peak memory", _memory(summary.peak_rss_mb)),
     ]
+    if summary.masked:
+        tiles.append(Tile("The server saw", "sums only", "no single update"))
+    else:
+        tiles.append(Tile("The server saw", "each update", "nothing was masked"))
     if summary.epsilon is not None:
         tiles.append(Tile("Privacy spent", f"ε = {summary.epsilon:.2f}", summary.epsilon_unit))
     return tiles

@@ -41,6 +41,9 @@ def print_summary(
         console.print(Text(f"(the {MOST_CLIENTS} largest; {hidden} more are in report.html)"))
     if summary.references:
         console.print(_reference_table(summary))
+    if summary.epsilon is not None:
+        spent = f"privacy spent: epsilon {summary.epsilon:.3g} for {summary.epsilon_unit}"
+        console.print(Text(words.printable(spent)))
     for warning in summary.warnings:
         console.print(Text(f"warning: {words.printable(warning)}", style="yellow"))
     for name, meaning in _THINGS:

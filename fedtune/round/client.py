@@ -96,7 +96,9 @@ class ClientMachine:
         adapter = self._accept(request)
         self._check_policy()
         if not self._shares_each():
-            raise PolicyRefusal("policy.share-metrics of this site forbids a score of its own")
+            raise PolicyRefusal(
+                "this site's policy.share-metrics does not allow a score of its own"
+            )
         result = self._local.evaluate(adapter)
         return codec.encode_evaluate_reply(
             codec.EvaluateReply(request.context, result.examples, result.correct, result.loss_sum)

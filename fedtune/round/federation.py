@@ -67,7 +67,7 @@ class Federation:
         self._journal = journal
         self._rule = make_rule(config.aggregate)
         self._updates: Updates = (
-            FloatUpdates(make_pipeline(config.update, manifest.size))
+            FloatUpdates(make_pipeline(config.update, manifest.size), config.aggregate.rule)
             if config.update.bits is None
             else IntegerUpdates(make_quantizer(config, manifest.size, 1))
         )

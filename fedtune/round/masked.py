@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 from fedtune.aggregate import Rule
 from fedtune.config import Config
 from fedtune.errors import ConfigError, MalformedMessage, TooFewClients, UnmaskingFailed, WireError
-from fedtune.round.server import Exchange, GlobalState, Member, next_state
+from fedtune.round.server import Exchange, GlobalState, Member, next_state, reasons
 from fedtune.round.terms import make_quantizer, make_ring, make_terms
 from fedtune.secagg.keys import Identity, Roster
 from fedtune.secagg.ring import Ring
@@ -104,8 +104,8 @@ class MaskedRound:
         try:
             return self._next()
         except TooFewClients as error:
-            reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.failed.items()))
-            raise TooFewClients(f"round {self.context.round}: {error} ({reasons})") from error
+            why = f"round {self.context.round}: {error} ({reasons(self.failed)})"
+            raise TooFewClients(why) from error
 
     def receive(self, client: str, payload: bytes) -> None:
         """See `server.ServerRound.receive`."""

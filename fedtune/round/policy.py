@@ -69,7 +69,7 @@ def check_policy(
         ),
     ):
         if wrong:
-            raise PolicyRefusal(f"policy.{key} of this site forbids {found}")
+            raise PolicyRefusal(f"this site's policy.{key} does not allow {found}")
 
 
 def check_noise(policy: Policy, noise_multiplier: float) -> None:

@@ -180,10 +180,9 @@ class PlainRound:
         if self.pending:
             raise ValueError(f"clients are still pending: {', '.join(self.pending)}")
         if len(self._losses) < minimum:
-            reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self.failed.items()))
             raise TooFewClients(
                 f"round {self.context.round}: {len(self._losses)} of {len(self.cohort)} clients "
-                f"are left, rounds.min-clients asks for {minimum} ({reasons})"
+                f"are left, rounds.min-clients asks for {minimum} ({reasons(self.failed)})"
             )
         total, weight = self._sum.result()
         return next_state(rule, state, total, weight, self.context.round)
@@ -193,6 +192,20 @@ class PlainRound:
             raise MalformedMessage(f"{client} is not in this round's cohort")
         if client in self._losses or client in self.failed:
             raise MalformedMessage(f"{client} has answered this round already")
+
+
+def reasons(failed: Mapping[str, str]) -> str:
+    """Who failed and why, in one line; those with the same reason together."""
+    names: dict[str, list[str]] = {}
+    for name, why in sorted(failed.items()):
+        names.setdefault(why, []).append(name)
+    return "; ".join(f"{_list(who)}: {why}" for why, who in names.items())
+
+
+def _list(names: list[str]) -> str:
+    if len(names) <= 3:
+        return ", ".join(names)
+    return f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
 def next_state(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.aggregate import OrderedSum
+from fedtune.aggregate.robust import COMBINATIONS
 from fedtune.errors import MalformedMessage
 from fedtune.round.terms import make_ring
 from fedtune.update import UpdatePipeline
@@ -41,12 +43,16 @@ class Updates(Protocol):
 class FloatUpdates:
     """Float vectors after the update steps."""
 
-    def __init__(self, pipeline: UpdatePipeline) -> None:
+    def __init__(self, pipeline: UpdatePipeline, rule: str = "fedavg") -> None:
+        """With a robust `rule` its choice stands in for the weighted mean."""
         self.pipeline = pipeline
         self.encoded_bytes = pipeline.encoded_bytes
+        self._combine = COMBINATIONS.get(rule)
 
     def sum(self, places: int) -> UpdateSum:
         """See `Updates.sum`."""
+        if self._combine is not None:
+            return _Combination(self.pipeline, self._combine)
         return _FloatSum(self.pipeline, places)
 
 
@@ -75,6 +81,28 @@ class _FloatSum:
 
     def result(self) -> tuple[NDArray[np.float64], float]:
         return self._sum.total, self._sum.weight
+
+
+class _Combination:
+    def __init__(
+        self,
+        pipeline: UpdatePipeline,
+        combine: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    ) -> None:
+        self._pipeline = pipeline
+        self._combine = combine
+        self._updates: dict[int, NDArray[np.float64]] = {}
+
+    def add(self, place: int, data: bytes, weight: float) -> None:
+        self._updates[place] = self._pipeline.decode(data).astype(np.float64)
+
+    def skip(self, place: int) -> None:
+        pass
+
+    def result(self) -> tuple[NDArray[np.float64], float]:
+        # By place and not by arrival: a tie must not depend on who was faster.
+        ordered = [self._updates[place] for place in sorted(self._updates)]
+        return self._combine(np.stack(ordered)), 1.0
 
 
 class _IntegerSum:

@@ -251,6 +251,7 @@ class Simulation:
             seconds=sum(r.seconds for r in records),
             train_seconds=sum(r.train_seconds for r in records),
             peak_rss_mb=_peak_rss_mb(),
+            masked=job.config.secagg.enabled,
             epsilon=self._epsilon(),
             epsilon_unit=_unit_words(job.config),
             config_digest=job.config.digest,

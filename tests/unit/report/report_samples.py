@@ -106,6 +106,7 @@ def sample_summary(clients: int = 8, references: bool = True) -> Summary:
         seconds=168.3,
         train_seconds=142.0,
         peak_rss_mb=1_234.5,
+        masked=True,
         epsilon=None,
         epsilon_unit="none",
         config_digest="c0ffee" * 10 + "0123",
