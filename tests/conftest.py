@@ -178,3 +178,33 @@ def forked() -> Iterator[Callable[[Callable[[], None]], int]]:
         return os.waitpid(pid, 0)[1]
 
     return run
+
+
+@pytest.fixture
+def masked_federation(
+    small_federation: Callable[..., SmallFederation], tmp_path: Path
+) -> Iterator[Callable[..., Any]]:
+    """Make a `unit.round.masked_run.MaskedFederation`; its files are in `tmp_path`.
+
+    `overrides` are config overrides on top of `base` (masks by default), `sizes` the clients'
+    rows; whatever else is passed on.
+    """
+    from unit.round.masked_run import MASKED, SIZES, MaskedFederation
+
+    made: list[MaskedFederation] = []
+
+    def make(
+        *overrides: str,
+        base: tuple[str, ...] = MASKED,
+        sizes: tuple[int, ...] = SIZES,
+        folder: str = ".",
+        **more: Any,
+    ) -> MaskedFederation:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        small = small_federation(*base, *overrides, sizes=sizes)
+        made.append(MaskedFederation(small, tmp_path / folder, **more))
+        return made[-1]
+
+    yield make
+    for federation in made:
+        federation.close()

@@ -16,6 +16,7 @@ from fedtune.errors import ConfigError, MalformedMessage, TooFewClients, Unmaski
 from fedtune.round.server import Exchange, GlobalState, Member, next_state, reasons
 from fedtune.round.terms import make_quantizer, make_ring, make_terms
 from fedtune.secagg.keys import Identity, Roster
+from fedtune.secagg.messages import Survivors
 from fedtune.secagg.ring import Ring
 from fedtune.secagg.saved import dump_adverts, load_adverts
 from fedtune.secagg.server import Aggregation, Sealed
@@ -72,7 +73,8 @@ class MaskedRound:
             self.authority.roster.digest,
         )
         self._session = session.digest
-        terms, roster = make_terms(self.config), self.authority.roster
+        roster = self.authority.roster
+        terms = make_terms(self.config, roster)
         slots = make_quantizer(self.config, self.size, len(self.cohort)).slots
         self._aggregation = Aggregation(session.digest, roster, terms, slots)
         everyone = [member.name for member in self.cohort]
@@ -86,14 +88,16 @@ class MaskedRound:
             bytes.fromhex(notes["session"]),
             load_adverts(notes["adverts"]),
             tuple(notes["sharers"]),
-            tuple(notes["survivors"]),
+            Survivors(
+                tuple(notes["survivors"]), tuple(bytes.fromhex(v) for v in notes["vouchers"])
+            ),
             Ring(notes["ring"]),
             tensors["total"],
         )
         self.failed = notes["failed"]
         self.bytes_up, self.train_seconds = notes["bytes_up"], notes["train_seconds"]
         self._session = total.session
-        terms = make_terms(self.config)
+        terms = make_terms(self.config, self.authority.roster)
         self._aggregation = Aggregation.resume(total, self.authority.roster, terms)
         return self._ask_survivors(total)
 
@@ -219,7 +223,8 @@ class MaskedRound:
             "session": sealed.session.hex(),
             "adverts": dump_adverts(sealed.adverts),
             "sharers": sealed.sharers,
-            "survivors": sealed.survivors,
+            "survivors": sealed.survivors.places,
+            "vouchers": [voucher.hex() for voucher in sealed.survivors.vouchers],
             "ring": sealed.ring.bits,
             "failed": self.failed,
             "bytes_up": self.bytes_up,

@@ -23,7 +23,7 @@ class MaskedClient:
     def __init__(self, local: LocalWork, membership: Membership) -> None:
         self._local = local
         self._site = membership
-        terms = make_terms(local.config)
+        terms = make_terms(local.config, membership.roster)
         # The site may want more updates in a sum than the federation does.
         self._terms = replace(terms, minimum=max(terms.minimum, membership.policy.min_cohort))
         self._clients = len(membership.roster.keys)
@@ -66,10 +66,11 @@ class MaskedClient:
             result.loss if counts else 0.0,
             local.rounding(saved.round),
         )
-        masked, packed = accepted.mask(values, make_ring(quantizer, cohort), self._terms)
+        ring = make_ring(quantizer, cohort)
+        masked, answer = accepted.mask(values, ring, site.identity, self._terms)
         # From the stored state: whoever sends the request twice gets one answer.
         site.store.advance(saved.state, masked, release)
-        return self._seal(Kind.UPDATE, masked, codec.encode_update(packed, result.seconds))
+        return self._seal(Kind.UPDATE, masked, codec.encode_update(answer, result.seconds))
 
     def _advertise(self, envelope: Envelope) -> bytes:
         session = codec.decode_invite(envelope.body)
@@ -93,7 +94,8 @@ class MaskedClient:
 
     def _sign(self, state: ClientSession, body: bytes) -> bytes:
         survivors = codec.decode_survivors(body, self._clients)
-        signed, signature = state.sign(survivors, self._site.identity, self._terms)
+        site = self._site
+        signed, signature = state.sign(survivors, site.identity, site.roster, self._terms)
         if signed is not state:
             self._site.store.advance(state, signed)
         return self._seal(Kind.SIGNATURE, signed, codec.encode_signature(signature))

@@ -13,17 +13,20 @@ from fedtune.privacy.accountant import (
     calibrate_record_noise,
     integer_l1,
 )
+from fedtune.secagg.keys import Roster
 from fedtune.secagg.ring import Ring
 from fedtune.secagg.session import MINIMUM_COHORT, Terms
 from fedtune.update.quantize import Quantizer
 from fedtune.update.skellam import SkellamNoise
 
 
-def make_terms(config: Config) -> Terms:
-    """The terms of secure aggregation."""
+def make_terms(config: Config, roster: Roster | None = None) -> Terms:
+    """The terms of secure aggregation; with a `roster`, also against too small a cohort."""
     secagg = config.secagg
     minimum = config.rounds.min_clients or MINIMUM_COHORT
-    return Terms(secagg.threshold, secagg.colluding, minimum, secagg.neighbours)
+    clients = len(roster.keys) - 1 if roster is not None else 0
+    full = min(clients, config.rounds.clients_per_round or clients)
+    return Terms(secagg.threshold, secagg.colluding, minimum, secagg.neighbours, full)
 
 
 def make_quantizer(config: Config, size: int, cohort: int) -> Quantizer:

@@ -23,11 +23,14 @@ from fedtune.secagg.masks import SEED_BYTES, add_mask, subtract_mask
 from fedtune.secagg.messages import (
     Advert,
     Delivery,
+    MaskedValues,
     Reveal,
     SealedShares,
+    Survivors,
     Unmasking,
     cohort_digest,
     commitment_to,
+    sharers_signed,
     survivors_signed,
 )
 from fedtune.secagg.ring import Ring
@@ -129,8 +132,8 @@ class ClientSession:
         return replace(self, stage=Stage.ACCEPTED, sharers=sharers, shares=shares)
 
     def mask(
-        self, values: NDArray[np.int64], ring: Ring, terms: Terms
-    ) -> tuple[ClientSession, bytes]:
+        self, values: NDArray[np.int64], ring: Ring, identity: Identity, terms: Terms
+    ) -> tuple[ClientSession, MaskedValues]:
         """`values` (signed, int64 `[slots]`) under all masks, packed into `ring.bits` bits each."""
         self._require(Stage.ACCEPTED)
         vector = ring.lower(values)
@@ -139,22 +142,27 @@ class ClientSession:
             if place in self.sharers:
                 seed = pairwise_seed(self.masking, self.adverts, self.binding, self.place, place)
                 (add_mask if self.place < place else subtract_mask)(vector, seed)
-        return replace(self, stage=Stage.MASKED), ring.pack(ring.reduce(vector))
+        voucher = identity.sign(sharers_signed(self.binding, self.sharers))
+        masked = MaskedValues(ring.pack(ring.reduce(vector)), voucher)
+        return replace(self, stage=Stage.MASKED), masked
 
     def sign(
-        self, survivors: tuple[int, ...], identity: Identity, terms: Terms
+        self, told: Survivors, identity: Identity, roster: Roster, terms: Terms
     ) -> tuple[ClientSession, bytes]:
         """Sign the set whose updates are to be added up; the same set gets the same signature.
 
         Raises `ProtocolViolation` for a second set, a set that this client is not in, one below
-        the threshold, or one that too few colluders could tear apart.
+        the threshold, or one that too few colluders could tear apart; `BadSignature` unless
+        every survivor vouches for the very sharers that this client masked with.
         """
         if self.stage in {Stage.SIGNED, Stage.REVEALED}:
-            if survivors != self.survivors:
+            if told.places != self.survivors:
                 raise ProtocolViolation("this client has signed another survivor set already")
             return self, self._sign(identity)
         self._require(Stage.MASKED)
-        survivors = self._check_places(survivors, "survivors")
+        survivors = self._check_places(told.places, "survivors")
+        if len(told.vouchers) != len(survivors):
+            raise MalformedMessage("every survivor must vouch for the sharers")
         if not set(survivors) <= set(self.sharers):
             raise ProtocolViolation("a survivor is not among those who shared keys")
         if self.place not in survivors:
@@ -167,6 +175,9 @@ class ClientSession:
                 f"the survivors' masks withstand {withstood} colluders, "
                 f"the terms ask for {terms.colluders_of(clients)}"
             )
+        message = sharers_signed(self.binding, self.sharers)
+        for place, voucher in zip(survivors, told.vouchers, strict=True):
+            roster.verify(self.adverts[place].client, message, voucher)
         state = replace(self, stage=Stage.SIGNED, survivors=survivors)
         return state, state._sign(identity)
 

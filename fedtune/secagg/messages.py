@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedtune.errors import MalformedMessage
 from fedtune.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES
@@ -64,6 +64,26 @@ class Delivery:
 
 
 @dataclass(frozen=True)
+class MaskedValues:
+    """One client's values under all masks, and its signature on the sharers it masked with.
+
+    Without the signature a server could name other sharers to one client than to the rest: its
+    masks would then not be those that the others think they are.
+    """
+
+    packed: bytes = field(repr=False)
+    voucher: bytes
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """Whose values are in the sum, and each one's signature on the sharers."""
+
+    places: tuple[int, ...]
+    vouchers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
 class Unmasking:
     """Signatures on one survivor set by `signers`."""
 
@@ -75,8 +95,8 @@ class Unmasking:
 class Reveal:
     """One client's shares: of each survivor's self-mask, of each dropped client's masking key."""
 
-    self_masks: tuple[bytes, ...]
-    masking_keys: tuple[bytes, ...]
+    self_masks: tuple[bytes, ...] = field(repr=False)
+    masking_keys: tuple[bytes, ...] = field(repr=False)
 
     def check(self, survivors: int, dropped: int) -> None:
         """Raise `MalformedMessage` for another number or length of shares."""
@@ -90,6 +110,11 @@ def cohort_digest(session: bytes, adverts: tuple[Advert, ...]) -> bytes:
     """32 bytes that bind all keys and signatures of the cohort to the session."""
     parts = [part for advert in adverts for part in (*advert.fields(), advert.signature)]
     return digest("cohort", [session, *parts])
+
+
+def sharers_signed(binding: bytes, sharers: tuple[int, ...]) -> bytes:
+    """What a client signs with its values: in this cohort these shared keys, as it was told."""
+    return transcript("sharers", [binding, _places(sharers)])
 
 
 def survivors_signed(binding: bytes, sharers: tuple[int, ...], survivors: tuple[int, ...]) -> bytes:

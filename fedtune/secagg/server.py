@@ -1,7 +1,8 @@
 """The server's side of a session: it collects, and in the end knows the sum and no more.
 
-A client that does not answer, or answers wrongly, is simply not counted: whoever drops out
-before its masked values arrive is left out, whoever drops out later is in the sum.
+A client that does not answer, or whose answer is not acceptable, is not counted: whoever drops
+out before its masked values arrive is left out, whoever drops out later is in the sum. A client
+that seals something else than shares stops the session, for then the others refuse to go on.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from fedtune.secagg.masks import add_mask, subtract_mask
 from fedtune.secagg.messages import (
     Advert,
     Delivery,
+    MaskedValues,
     Reveal,
     SealedShares,
+    Survivors,
     Unmasking,
     cohort_digest,
     commitment_to,
+    sharers_signed,
     survivors_signed,
 )
 from fedtune.secagg.ring import Ring, RingVector
@@ -53,14 +57,14 @@ class Sealed:
     session: bytes
     adverts: tuple[Advert, ...]
     sharers: tuple[int, ...]
-    survivors: tuple[int, ...]
+    survivors: Survivors
     ring: Ring
     total: RingVector = field(repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the clients whose values are in the sum."""
-        return tuple(self.adverts[place].client for place in self.survivors)
+        return tuple(self.adverts[place].client for place in self.survivors.places)
 
 
 class Aggregation:
@@ -80,7 +84,7 @@ class Aggregation:
         self._phase = Phase.ADVERTS
         self._answers: dict[str, Advert] = {}
         self._sealed_shares: dict[int, SealedShares] = {}
-        self._arrived: set[int] = set()
+        self._vouchers: dict[int, bytes] = {}
         self._signatures: dict[int, bytes] = {}
         self._reveals: dict[int, Reveal] = {}
 
@@ -106,6 +110,9 @@ class Aggregation:
         own = {advert.sealing_key, advert.masking_key}
         if len(own) != 2 or own & taken:
             raise ProtocolViolation(f"{client} sent a key that is there already")
+        probe = RoundKey.generate()
+        for key in own:  # of a key that contributes nothing, its owner alone is to blame
+            probe.secret_with(key, "probe", self._session)
         self._answers[client] = advert
 
     def close_adverts(self) -> tuple[Advert, ...]:
@@ -138,6 +145,8 @@ class Aggregation:
     def expect(self, ring: Ring) -> int:
         """Settle the ring of the cohort; the length of a packed vector in bytes."""
         self._require(Phase.VALUES)
+        if self._vouchers:
+            raise ProtocolViolation("values have arrived already")
         self._ring = ring
         self._total: RingVector = np.zeros(self._slots, ring.dtype)
         return ring.packed_bytes(self._slots)
@@ -147,22 +156,25 @@ class Aggregation:
         """Size of the cohort."""
         return len(self._adverts)
 
-    def receive_values(self, client: str, packed: bytes) -> None:
+    def receive_values(self, client: str, masked: MaskedValues) -> None:
         """A client's masked vector; it is added at once and not kept."""
         self._require(Phase.VALUES)
         place = self._place(client)
         if place not in self._sharers:
             raise ProtocolViolation(f"{client} has not shared its keys")
-        if place in self._arrived:
+        if place in self._vouchers:
             raise ProtocolViolation(f"{client} is in the sum already")
-        self._total += self._ring.unpack(packed, self._slots)
-        self._arrived.add(place)
+        message = sharers_signed(self._binding, self._sharers)
+        self._roster.verify(client, message, masked.voucher)
+        self._total += self._ring.unpack(masked.packed, self._slots)
+        self._vouchers[place] = masked.voucher
 
     def close_values(self) -> Sealed:
         """End the adding. From here on the survivor set cannot change."""
         self._require(Phase.VALUES)
-        survivors = tuple(sorted(self._arrived))
-        self._check_enough(len(survivors), "sent values")
+        places = tuple(sorted(self._vouchers))
+        self._check_enough(len(places), "sent values")
+        survivors = Survivors(places, tuple(self._vouchers[place] for place in places))
         total = self._ring.reduce(self._total)
         self._sealed = Sealed(
             self._session, self._adverts, self._sharers, survivors, self._ring, total
@@ -177,7 +189,7 @@ class Aggregation:
         if place in self._signatures:
             raise ProtocolViolation(f"{client} has signed already")
         sealed = self._sealed
-        message = survivors_signed(self._binding, sealed.sharers, sealed.survivors)
+        message = survivors_signed(self._binding, sealed.sharers, sealed.survivors.places)
         self._roster.verify(client, message, signature)
         self._signatures[place] = signature
 
@@ -196,7 +208,8 @@ class Aggregation:
         if place in self._reveals:
             raise ProtocolViolation(f"{client} has revealed already")
         sealed = self._sealed
-        reveal.check(len(sealed.survivors), len(sealed.sharers) - len(sealed.survivors))
+        survivors = len(sealed.survivors.places)
+        reveal.check(survivors, len(sealed.sharers) - survivors)
         if not all(shamir.is_share(s) for s in (*reveal.self_masks, *reveal.masking_keys)):
             raise MalformedMessage(f"{client} revealed something that is not a share")
         self._reveals[place] = reveal
@@ -243,7 +256,7 @@ class Aggregation:
 
     def _survivor(self, client: str) -> int:
         place = self._place(client)
-        if place not in self._sealed.survivors:
+        if place not in self._sealed.survivors.places:
             raise ProtocolViolation(f"{client} is not among the survivors")
         return place
 
@@ -279,10 +292,11 @@ class Aggregation:
     def _open(self, chosen: Iterable[int]) -> tuple[dict[int, bytes], dict[int, RoundKey]] | None:
         at_zero = shamir.weights([place + 1 for place in chosen])
         sealed = self._sealed
-        dropped = [place for place in sealed.sharers if place not in sealed.survivors]
+        survivors = sealed.survivors.places
+        dropped = [place for place in sealed.sharers if place not in survivors]
         seeds: dict[int, bytes] = {}
         keys: dict[int, RoundKey] = {}
-        for index, place in enumerate(sealed.survivors):
+        for index, place in enumerate(survivors):
             shares = {p: self._reveals[p - 1].self_masks[index] for p in at_zero}
             seed = shamir.combine(shares, at_zero)
             if seed is None or commitment_to(seed) != self._adverts[place].commitment:

@@ -55,21 +55,27 @@ class Terms:
     """What a federation's configuration says of secure aggregation; fractions are of the cohort.
 
     `minimum` is the smallest number of updates that is ever added up; `neighbours` with how
-    many others a client masks, None: with all.
+    many others a client masks, None: with all. `full` is how many clients a cohort has when all
+    are there: the server chooses whom it invites, so colluders do not become fewer with it.
     """
 
     threshold: float = 2 / 3
     colluding: float = 1 / 4
     minimum: int = MINIMUM_COHORT
     neighbours: int | None = None
+    full: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.threshold < 1 and 0 <= self.colluding < 1):
+            raise ValueError("threshold and colluding are fractions")
 
     def threshold_of(self, clients: int) -> int:
         """How many clients it takes to open a mask: more than `threshold` of `clients`."""
         return min(clients, math.floor(clients * self.threshold + 1e-9) + 1)
 
     def colluders_of(self, clients: int) -> int:
-        """How many of `clients` may be in league with the server."""
-        return math.ceil(clients * self.colluding - 1e-9)
+        """How many of a cohort of `clients` may be in league with the server."""
+        return math.ceil(max(clients, self.full) * self.colluding - 1e-9)
 
     def graph_of(self, clients: int) -> MaskGraph:
         """Who masks with whom."""
@@ -78,7 +84,8 @@ class Terms:
 
     def fewest_survivors(self, clients: int) -> int:
         """The fewest updates that a finished session of `clients` adds up."""
-        return max(self.threshold_of(clients), self.minimum)
+        # Two honest updates at least: one alone would be the sum less what colluders know.
+        return max(self.threshold_of(clients), self.minimum, self.colluders_of(clients) + 2)
 
     def check(self, clients: int) -> None:
         """Raise `ConfigError` unless the terms protect a cohort of `clients`.
@@ -97,6 +104,11 @@ class Terms:
             raise ConfigError(
                 f"secagg.threshold: {threshold} of {clients} clients do not withstand {colluders} "
                 f"colluders; it takes {(clients + colluders) // 2 + 1}"
+            )
+        if clients < colluders + 2:
+            raise ConfigError(
+                f"secagg.colluding: of {clients} clients {colluders} may collude, so less than two "
+                "would be honest"
             )
         withstood = self.graph_of(clients).colluders_withstood(range(clients))
         if withstood < colluders:

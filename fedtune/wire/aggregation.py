@@ -7,7 +7,15 @@ list is bounded by the number of clients in the roster before it is parsed.
 from __future__ import annotations
 
 from fedtune.errors import MalformedMessage
-from fedtune.secagg.messages import Advert, Delivery, Reveal, SealedShares, Unmasking
+from fedtune.secagg.messages import (
+    Advert,
+    Delivery,
+    MaskedValues,
+    Reveal,
+    SealedShares,
+    Survivors,
+    Unmasking,
+)
 from fedtune.secagg.session import Session
 from fedtune.wire.codec import ENVELOPE_LIMIT, MAX_NAME, finite, read_context, write_context
 from fedtune.wire.strict import parse, serialize
@@ -107,27 +115,31 @@ def decode_train_request(body: bytes, adapter_bytes: int, clients: int) -> tuple
     return message.adapter, Delivery(tuple(message.sharers), tuple(message.sealed))
 
 
-def encode_update(values: bytes, train_seconds: float) -> bytes:
-    """A client's masked values, packed, and how long it trained."""
-    return serialize(pb.MaskedUpdate(values=values, train_seconds=train_seconds))
+def encode_update(masked: MaskedValues, train_seconds: float) -> bytes:
+    """A client's masked values, and how long it trained."""
+    return serialize(
+        pb.MaskedUpdate(values=masked.packed, voucher=masked.voucher, train_seconds=train_seconds)
+    )
 
 
-def decode_update(body: bytes, values_bytes: int) -> tuple[bytes, float]:
+def decode_update(body: bytes, values_bytes: int) -> tuple[MaskedValues, float]:
     """Masked values of exactly `values_bytes`, and seconds; raises `MalformedMessage`."""
-    message = parse(pb.MaskedUpdate, body, values_bytes + 64)
+    message = parse(pb.MaskedUpdate, body, values_bytes + 128)
     if len(message.values) != values_bytes:
         raise MalformedMessage(f"masked values of {len(message.values)} bytes, not {values_bytes}")
-    return message.values, finite(message.train_seconds, "train_seconds")
+    masked = MaskedValues(message.values, message.voucher)
+    return masked, finite(message.train_seconds, "train_seconds")
 
 
-def encode_survivors(survivors: tuple[int, ...]) -> bytes:
+def encode_survivors(survivors: Survivors) -> bytes:
     """Whose updates are in the sum."""
-    return serialize(pb.Survivors(places=survivors))
+    return serialize(pb.Survivors(places=survivors.places, vouchers=survivors.vouchers))
 
 
-def decode_survivors(body: bytes, clients: int) -> tuple[int, ...]:
-    """Places in the cohort; raises `MalformedMessage`."""
-    return tuple(parse(pb.Survivors, body, list_limit(clients)).places)
+def decode_survivors(body: bytes, clients: int) -> Survivors:
+    """Whose updates are in the sum; raises `MalformedMessage`."""
+    message = parse(pb.Survivors, body, list_limit(clients))
+    return Survivors(tuple(message.places), tuple(message.vouchers))
 
 
 def encode_signature(signature: bytes) -> bytes:

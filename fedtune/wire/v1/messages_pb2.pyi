@@ -157,18 +157,22 @@ class MaskedTrainRequest(_message.Message):
     def __init__(self, adapter: _Optional[bytes] = ..., sharers: _Optional[_Iterable[int]] = ..., sealed: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class MaskedUpdate(_message.Message):
-    __slots__ = ("values", "train_seconds")
+    __slots__ = ("values", "train_seconds", "voucher")
     VALUES_FIELD_NUMBER: _ClassVar[int]
     TRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    VOUCHER_FIELD_NUMBER: _ClassVar[int]
     values: bytes
     train_seconds: float
-    def __init__(self, values: _Optional[bytes] = ..., train_seconds: _Optional[float] = ...) -> None: ...
+    voucher: bytes
+    def __init__(self, values: _Optional[bytes] = ..., train_seconds: _Optional[float] = ..., voucher: _Optional[bytes] = ...) -> None: ...
 
 class Survivors(_message.Message):
-    __slots__ = ("places",)
+    __slots__ = ("places", "vouchers")
     PLACES_FIELD_NUMBER: _ClassVar[int]
+    VOUCHERS_FIELD_NUMBER: _ClassVar[int]
     places: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, places: _Optional[_Iterable[int]] = ...) -> None: ...
+    vouchers: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, places: _Optional[_Iterable[int]] = ..., vouchers: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class SurvivorsSignature(_message.Message):
     __slots__ = ("signature",)

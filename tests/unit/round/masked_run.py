@@ -113,6 +113,16 @@ class MaskedFederation:
             for machine in self.small.machines
         }
 
+    def stop_sites(self) -> None:
+        """The clients' processes end; before a fork, so that no connection is on both sides."""
+        self.sites._opened().close()
+        self.machines = {}
+
+    def obey(self, name: str, policy: Policy) -> None:
+        """From now on the site of `name` has this policy."""
+        self._policies = {**self._policies, name: policy}
+        self.restart_sites()
+
     def membership(self, name: str) -> Any:
         """A site's part, under its own policy."""
         policy = self._policies.get(name, self._policy)
