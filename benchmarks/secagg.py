@@ -45,7 +45,7 @@ from peers.secagg_flower import CLIP, Session, run_flower
 
 from fedtune.secagg.client import ClientSession, Stage
 from fedtune.secagg.keys import SERVER, Identity, Roster
-from fedtune.secagg.messages import Delivery
+from fedtune.secagg.messages import Delivery, MaskedValues, sharers_signed
 from fedtune.secagg.ring import Ring
 from fedtune.secagg.server import Aggregation
 from fedtune.secagg.session import Session as SecaggSession
@@ -164,6 +164,7 @@ class Federation:
     ) -> None:
         """All but the dropped send; from some number on maybe a copy of what another sent."""
         terms, everyone, packed = self.cell.terms, True, b""
+        ring = self.cell.ring
         for place, name in enumerate(self.names):
             if place in self.dropped:
                 continue
@@ -175,19 +176,22 @@ class Federation:
                 values = self.cell.values(place)
                 self.plain += values
                 before = self.seconds[name]
-                packed = self.asked(name, "mask", values, self.cell.ring, terms)
+                masked = self.asked(name, "mask", values, ring, self.identities[name], terms)
                 self.masking[name] = self.seconds[name] - before
+                packed = masked.packed
             else:
                 self.states[name] = replace(accepted, stage=Stage.MASKED)
-            self.sent[name] += len(packed)
-            self.timed(SERVER, self.server.receive_values, name, packed)
+                sharers = sharers_signed(accepted.binding, accepted.sharers)
+                masked = MaskedValues(packed, self.identities[name].sign(sharers))
+            self.sent[name] += len(masked.packed) + len(masked.voucher)
+            self.timed(SERVER, self.server.receive_values, name, masked)
 
     def open(self) -> tuple[NDArray[np.int64], float]:
         """The survivors sign and reveal; the sum, and the seconds of unmasking it."""
         sealed = self.timed(SERVER, self.server.close_values)
         for name in sealed.names:
-            arguments = (sealed.survivors, self.identities[name], self.cell.terms)
-            signature = self.asked(name, "sign", *arguments)
+            identity, terms = self.identities[name], self.cell.terms
+            signature = self.asked(name, "sign", sealed.survivors, identity, self.roster, terms)
             self.sent[name] += len(signature)
             self.timed(SERVER, self.server.receive_signature, name, signature)
         unmasking = self.timed(SERVER, self.server.close_signatures)

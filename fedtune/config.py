@@ -343,7 +343,7 @@ class Policy(_Table):
     require_privacy: Literal["none", "record", "client"] = "none"
     """The unit of differential privacy that must be on; `none`: any or none."""
     max_epsilon: Positive | None = None
-    """Most epsilon that this site spends on one run, at the run's delta."""
+    """Most epsilon that this site spends, over all runs of one unit together, at their delta."""
     max_delta: Fraction = 1e-3
     """Largest delta at which an epsilon counts."""
     min_noise: Positive | None = None

@@ -78,7 +78,9 @@ class ClientMachine:
         adapter = self._accept(request)
         number = request.context.round
         if self._membership is not None:
-            self._membership.charge_records(self._local, request.context.run_id, number)
+            run_id, site = request.context.run_id, self._membership
+            if charge := site.charge(self._local, run_id, number):
+                site.store.charge(self.name, run_id, charge)
         result = self._local.train(adapter, number)
         return codec.encode_train_reply(
             codec.TrainReply(

@@ -53,9 +53,7 @@ class MaskedClient:
         if not compare_digest(sha256(adapter).hexdigest(), saved.adapter_digest):
             raise ContextMismatch("not the global adapter that all clients were invited to")
         accepted = saved.state.accept(delivery, self._terms)
-        release = site.release(local, saved.round)
-        if release is not None:
-            site.check_budget(local, saved.run_id, release)
+        charge = site.charge(local, saved.run_id, saved.round)
         result = local.train(local.read_adapter(adapter), saved.round)
         cohort = len(accepted.adverts)
         quantizer = make_quantizer(local.config, local.manifest.size, cohort)
@@ -69,7 +67,7 @@ class MaskedClient:
         ring = make_ring(quantizer, cohort)
         masked, answer = accepted.mask(values, ring, site.identity, self._terms)
         # From the stored state: whoever sends the request twice gets one answer.
-        site.store.advance(saved.state, masked, release)
+        site.store.advance(saved.state, masked, charge)
         return self._seal(Kind.UPDATE, masked, codec.encode_update(answer, result.seconds))
 
     def _advertise(self, envelope: Envelope) -> bytes:

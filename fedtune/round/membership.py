@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from fedtune.config import Policy
-from fedtune.errors import BudgetExceeded
 from fedtune.privacy.accountant import Release
 from fedtune.round.local import LocalWork
 from fedtune.round.policy import check_noise, check_policy
-from fedtune.round.site import SiteStore
+from fedtune.round.site import Charge, SiteStore
 from fedtune.round.terms import client_release, record_release
 from fedtune.secagg.keys import Identity, Roster
 
@@ -29,8 +29,25 @@ class Membership:
         digest = self.roster.digest if config.secagg.enabled else None
         check_policy(self.policy, config, local.base_digest, config.aggregate.rule, digest)
 
-    def release(self, local: LocalWork, round_number: int) -> Release | None:
-        """What one round of this client releases; raises `PolicyRefusal` for too little noise."""
+    def charge(self, local: LocalWork, run_id: str, round_number: int) -> Charge | None:
+        """What one round of this client releases, and within which budgets.
+
+        Raises `PolicyRefusal` for too little noise, and `BudgetExceeded`.
+        """
+        release = self._release(local, round_number)
+        if release is None:
+            return None
+        privacy = local.config.privacy
+        charge = Charge(
+            release,
+            privacy.delta,
+            run_budget=privacy.epsilon or math.inf,
+            site_budget=self.policy.max_epsilon or math.inf,
+        )
+        self.store.check(local.name, run_id, charge)
+        return charge
+
+    def _release(self, local: LocalWork, round_number: int) -> Release | None:
         unit = local.config.privacy.unit
         if unit == "none":
             return None
@@ -41,21 +58,3 @@ class Membership:
         record = record_release(local.config, local.train_examples, round_number)
         check_noise(self.policy, record.noise_multiplier)
         return record
-
-    def check_budget(self, local: LocalWork, run_id: str, release: Release) -> None:
-        """Raise `BudgetExceeded` if `release` is above the federation's or the site's budget."""
-        privacy = local.config.privacy
-        budget = min(privacy.epsilon or float("inf"), self.policy.max_epsilon or float("inf"))
-        spent = self.store.ledger(local.name, run_id).epsilon_with(release, privacy.delta)
-        if spent > budget:
-            raise BudgetExceeded(
-                f"round {release.round} would bring epsilon to {spent:.3f} at delta "
-                f"{privacy.delta:g}, above the budget of {budget:g}"
-            )
-
-    def charge_records(self, local: LocalWork, run_id: str, round_number: int) -> None:
-        """In the clear: enter what is released, before it leaves."""
-        release = self.release(local, round_number)
-        if release is not None:
-            self.check_budget(local, run_id, release)
-            self.store.release(local.name, run_id, release)

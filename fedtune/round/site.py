@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedtune.errors import ProtocolViolation, RunFolderError
+from fedtune.errors import BudgetExceeded, ProtocolViolation, RunFolderError
 from fedtune.privacy.accountant import Ledger, Release
 from fedtune.secagg.client import ClientSession, Stage
 from fedtune.secagg.keys import Identity
@@ -42,6 +42,33 @@ CREATE TABLE IF NOT EXISTS releases (
 """
 # After these, a round's sum may be open: the site takes no further attempt at that round.
 _FINAL = (Stage.SIGNED, Stage.REVEALED)
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What an answer releases, and the most epsilon at `delta` that it may bring a site to.
+
+    `run_budget` is the federation's for its run; `site_budget` the site's own for all runs that
+    it ever took part in, so that a server gains nothing by starting another.
+    """
+
+    release: Release
+    delta: float
+    run_budget: float
+    site_budget: float
+
+    def check(self, run: Ledger, every: Ledger) -> None:
+        """Raise `BudgetExceeded` if the release, after these, is above a budget."""
+        for ledger, budget, whose in (
+            (run, self.run_budget, "this run's budget"),
+            (every, self.site_budget, "this site's budget for all its runs"),
+        ):
+            spent = ledger.epsilon_with(self.release, self.delta)
+            if not spent <= budget:
+                raise BudgetExceeded(
+                    f"round {self.release.round} would bring epsilon to {spent:.3f} at delta "
+                    f"{self.delta:g}, above {whose} of {budget:g}"
+                )
 
 
 @dataclass(frozen=True)
@@ -131,11 +158,11 @@ class SiteStore:
         return SavedSession(run_id, number, adapter_digest, load(state))
 
     def advance(
-        self, before: ClientSession, after: ClientSession, release: Release | None = None
+        self, before: ClientSession, after: ClientSession, charge: Charge | None = None
     ) -> None:
         """Replace a session's state, and enter what the next answer releases, at once.
 
-        Raises `ProtocolViolation` if the session has gone on meanwhile.
+        Raises `ProtocolViolation` if the session has gone on meanwhile, and `BudgetExceeded`.
         """
         with self._transaction() as db:
             changed = db.execute(
@@ -145,27 +172,42 @@ class SiteStore:
             )
             if changed.rowcount != 1:
                 raise ProtocolViolation("this client has answered already")
-            if release is not None:
-                db.execute(
-                    "INSERT INTO releases SELECT client, run_id, ? FROM sessions "
-                    "WHERE client = ? AND session = ?",
-                    (json.dumps(Ledger([release]).to_json()), before.name, before.session),
-                )
+            if charge is not None:
+                saved = self.find(before.name, before.session)
+                self._enter(before.name, saved.run_id, charge)
 
-    def release(self, client: str, run_id: str, release: Release) -> None:
-        """Enter a release outside of a session, before it leaves."""
-        entry = json.dumps(Ledger([release]).to_json())
-        with self._transaction() as db:
-            db.execute("INSERT INTO releases VALUES (?, ?, ?)", (client, run_id, entry))
+    def charge(self, client: str, run_id: str, charge: Charge) -> None:
+        """Enter a release outside of a session, before it leaves; or raise `BudgetExceeded`."""
+        with self._transaction():
+            self._enter(client, run_id, charge)
+
+    def check(self, client: str, run_id: str, charge: Charge) -> None:
+        """Raise `BudgetExceeded` if `charge` is too much already, before there is any work."""
+        found = self._releases(client)
+        kind = charge.release.kind
+        run = Ledger(release for owner, release in found if owner == run_id)
+        charge.check(run, Ledger(release for _, release in found if release.kind == kind))
 
     def ledger(self, client: str, run_id: str) -> Ledger:
         """All that the client has released in a run."""
+        return Ledger(release for owner, release in self._releases(client) if owner == run_id)
+
+    def _enter(self, client: str, run_id: str, charge: Charge) -> None:
+        # In the transaction of the entry: of two processes, one sees what the other took.
+        self.check(client, run_id, charge)
+        entry = json.dumps(Ledger([charge.release]).to_json())
+        self._db.execute("INSERT INTO releases VALUES (?, ?, ?)", (client, run_id, entry))
+
+    def _releases(self, client: str) -> list[tuple[str, Release]]:
+        """Everything that the client has ever released, by run, the oldest first."""
         rows = self._db.execute(
-            "SELECT release FROM releases WHERE client = ? AND run_id = ? ORDER BY rowid",
-            (client, run_id),
-        )
-        entries = [Ledger.from_json(json.loads(text)).releases for (text,) in rows]
-        return Ledger(release for releases in entries for release in releases)
+            "SELECT run_id, release FROM releases WHERE client = ? ORDER BY rowid", (client,)
+        ).fetchall()
+        return [
+            (run_id, release)
+            for run_id, text in rows
+            for release in Ledger.from_json(json.loads(text)).releases
+        ]
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -320,7 +320,7 @@ def test_under_privacy_no_loss_is_told(masked_federation):
 # ----------------------------------------------------------------------------------------- budgets
 def _epsilon(fed: Any, name: str, rounds: int) -> float:
     """What so many rounds of a client cost, by the ledger."""
-    release = fed.membership(name).release(fed.machines[name]._local, 1)
+    release = fed.membership(name).charge(fed.machines[name]._local, "another", 1).release
     return Ledger([release] * rounds).epsilon(fed.config.privacy.delta)
 
 

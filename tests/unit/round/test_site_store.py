@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
@@ -17,11 +18,11 @@ import pytest
 from unit.round.masked_run import CLIENT_UNIT, MASKED, RECORD_UNIT, STAGES
 
 from fedtune.errors import BudgetExceeded, ProtocolViolation, RunFolderError, WireError
-from fedtune.privacy.accountant import ClientRelease, RecordRelease
+from fedtune.privacy.accountant import ClientRelease, Ledger, RecordRelease
 from fedtune.records import RoundRecord
 from fedtune.round.journal import Journal
 from fedtune.round.server import GlobalState
-from fedtune.round.site import SiteStore
+from fedtune.round.site import Charge, SiteStore
 from fedtune.secagg.client import ClientSession, Stage
 from fedtune.secagg.keys import SERVER, Identity, Roster
 from fedtune.secagg.session import Session
@@ -32,6 +33,7 @@ FOUR = (7, 12, 5, 9)
 IDENTITY = Identity.generate("a")
 ROSTER = Roster({SERVER: Identity.generate(SERVER).public_key, "a": IDENTITY.public_key})
 RELEASE = ClientRelease(1, 10.0, 100.0, 400.0)
+CHARGE = Charge(RELEASE, 1e-5, run_budget=math.inf, site_budget=math.inf)
 
 
 def _session(round_number: int, attempt: int, run_id: str = "run") -> Session:
@@ -101,11 +103,11 @@ def test_a_state_is_replaced_once(store):
     shared = replace(state, stage=Stage.SHARED)
     store.advance(state, shared)
     with pytest.raises(ProtocolViolation):
-        store.advance(state, shared, RELEASE)
+        store.advance(state, shared, CHARGE)
     assert store.ledger("a", "run").releases == ()
-    store.advance(shared, replace(state, stage=Stage.MASKED), RELEASE)
+    store.advance(shared, replace(state, stage=Stage.MASKED), CHARGE)
     with pytest.raises(ProtocolViolation):
-        store.advance(shared, replace(state, stage=Stage.MASKED), RELEASE)
+        store.advance(shared, replace(state, stage=Stage.MASKED), CHARGE)
     assert store.ledger("a", "run").releases == (RELEASE,)
 
 
@@ -114,8 +116,39 @@ def test_a_session_that_is_over_cannot_go_on(store):
     old = _begin(store, _session(1, 1))
     new = _begin(store, _session(1, 2))
     with pytest.raises(ProtocolViolation):
-        store.advance(old, replace(old, stage=Stage.SHARED), RELEASE)
+        store.advance(old, replace(old, stage=Stage.SHARED), CHARGE)
     assert store.find("a", _session(1, 2).digest).state == new
+    assert store.ledger("a", "run").releases == ()
+
+
+@pytest.mark.parametrize("release", [RELEASE, RecordRelease(1, 0.5, 1.0, 3)])
+def test_a_sites_budget_is_for_all_its_runs(store, release):
+    """A server that starts another run starts another account of its own, not of the site's."""
+    once, twice, thrice = (Ledger([release] * n).epsilon(1e-5) for n in (1, 2, 3))
+    own = Charge(release, 1e-5, run_budget=math.inf, site_budget=(twice + thrice) / 2)
+    store.charge("a", "first", own)
+    store.charge("a", "second", own)
+    with pytest.raises(BudgetExceeded, match="all its runs"):
+        store.charge("a", "third", own)
+    assert store.ledger("a", "third").releases == ()
+    store.charge("b", "third", own)
+    # The federation's budget is for its own run.
+    store.charge("a", "third", replace(own, run_budget=once, site_budget=math.inf))
+    with pytest.raises(BudgetExceeded, match="this run"):
+        store.charge("a", "third", replace(own, run_budget=once, site_budget=math.inf))
+
+
+def test_units_of_privacy_have_accounts_of_their_own(store):
+    record = Charge(RecordRelease(1, 0.5, 1.0, 3), 1e-5, math.inf, math.inf)
+    store.charge("a", "first", record)
+    store.charge("a", "second", replace(CHARGE, site_budget=Ledger([RELEASE]).epsilon(1e-5)))
+
+
+def test_a_charge_that_is_too_much_leaves_the_session_as_it_was(store):
+    shared = replace(_begin(store, _session(1, 1)), stage=Stage.ADVERTISED)
+    with pytest.raises(BudgetExceeded):
+        store.advance(shared, replace(shared, stage=Stage.MASKED), replace(CHARGE, run_budget=0.0))
+    assert store.find("a", _session(1, 1).digest).state.stage is Stage.ADVERTISED
     assert store.ledger("a", "run").releases == ()
 
 
@@ -131,15 +164,15 @@ def test_only_the_last_session_is_in_the_file(tmp_path):
 
 def test_ledgers_are_of_one_client_and_one_run(store):
     other = replace(RELEASE, round=2)
-    store.release("a", "run", RELEASE)
-    store.release("a", "run", RELEASE)
-    store.release("b", "run", other)
-    store.release("a", "else", other)
+    store.charge("a", "run", CHARGE)
+    store.charge("a", "run", CHARGE)
+    store.charge("b", "run", replace(CHARGE, release=other))
+    store.charge("a", "else", replace(CHARGE, release=other))
     assert store.ledger("a", "run").releases == (RELEASE, RELEASE)
     assert store.ledger("b", "run").releases == (other,)
     assert store.ledger("c", "run").releases == ()
     record = RecordRelease(1, 0.5, 1.0, 3)
-    store.release("d", "run", record)
+    store.charge("d", "run", replace(CHARGE, release=record))
     assert store.ledger("d", "run").releases == (record,)
 
 
@@ -449,37 +482,37 @@ def test_a_seal_is_of_its_round(tmp_path):
 
 
 # --------------------------------------------------------------------------- budgets in parallel
-@pytest.mark.xfail(
-    strict=True,
-    reason="Membership.charge_records looks at the ledger and enters in two transactions",
-)
 def test_two_processes_cannot_both_take_what_is_left_of_a_budget(masked_federation):
     """In the clear: one asks while the other has looked and not yet entered."""
-    fed = masked_federation("privacy.epsilon=9", base=RECORD_UNIT, sizes=(7,))
+    fed = masked_federation("privacy.epsilon=25", base=RECORD_UNIT, sizes=(7,))
     site, local = fed.membership("client-0"), fed.machines["client-0"]._local
-    release = site.release(local, 1)
+    charge = site.charge(local, "run", 1)
     taken = 0
-    while site.store.ledger("client-0", "run").epsilon_with(release, 1e-5) <= 9:
-        site.store.release("client-0", "run", release)
+    while site.store.ledger("client-0", "run").epsilon_with(charge.release, 1e-5) <= 25:
+        site.store.charge("client-0", "run", charge)
         taken += 1
     assert taken > 1
-    again = masked_federation("privacy.epsilon=9", base=RECORD_UNIT, sizes=(7,), run_id="new")
+    again = masked_federation("privacy.epsilon=25", base=RECORD_UNIT, sizes=(7,), run_id="new")
     rivals = [fed.sites._path, again.sites._path]
     assert rivals[0] == rivals[1]
     one = replace(site, store=SiteStore(rivals[0]))
     other = replace(site, store=SiteStore(rivals[1]))
+
+    def take(site: Any) -> None:
+        site.store.charge("client-0", "new", site.charge(local, "new", 1))
+
     for _ in range(taken - 1):
-        one.charge_records(local, "new", 1)
+        take(one)
     entered: list[str] = []
 
     def trace(statement: str) -> None:
         if statement.startswith("BEGIN") and not entered:
             entered.append(statement)
-            other.charge_records(local, "new", 1)
+            take(other)
 
     one.store._db.set_trace_callback(trace)
     with pytest.raises(BudgetExceeded):
-        one.charge_records(local, "new", 1)
+        take(one)
     assert len(site.store.ledger("client-0", "new").releases) == taken
 
 
