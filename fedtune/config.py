@@ -196,7 +196,8 @@ class SecAgg(_Table):
     threshold: float = Field(default=2 / 3, ge=0.5, lt=1)
     """More than this share of a round's clients must still be there at the end."""
     colluding: float = Field(default=0.25, ge=0, lt=0.5)
-    """Share of a round's clients that may be in league with the server without harm to others."""
+    """Share of all clients that may be in league with the server without harm to others. They may
+    all be in one round, so a federation that draws few clients of many must count on few."""
     neighbours: int | None = Field(default=None, ge=2)
     """With how many others a client masks; unset: with all. Even; saves time from about 100
     clients per round on, and withstands fewer colluders."""
@@ -357,13 +358,21 @@ class Policy(_Table):
     share_metrics: Literal["never", "sum", "each"] = "sum"
     """Whether losses, scores and example counts may leave: not at all, only as part of a masked
     sum, or on their own."""
+    report_failures: bool = False
+    """Whether the server may learn that training failed here, and why. If not, a site whose
+    training fails takes part with an update of zeros, and says so in its own log."""
     roster_digest: str | None = None
     """The roster (SHA-256) that it was told of from outside; unset: the one that it has."""
 
 
 # Whoever simulates is server and all sites in one: there is nobody to keep a secret from.
 OPEN_POLICY = Policy(
-    require_masking=False, min_cohort=1, min_threshold=0.0, share_metrics="each", max_delta=0.5
+    require_masking=False,
+    min_cohort=1,
+    min_threshold=0.0,
+    share_metrics="each",
+    max_delta=0.5,
+    report_failures=True,
 )
 
 

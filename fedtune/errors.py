@@ -20,6 +20,7 @@
         ├── ClientFailure     one client's round failed; the round goes on without it
         ├── TooFewClients     fewer clients than `rounds.min-clients` are left
         ├── UnmaskingFailed   the shares that were revealed do not give the masks back
+        ├── RoundLost         a round can neither end nor be repeated; the next one can begin
         └── BudgetExceeded    the privacy budget does not allow another release
 
 The text of an error says what was wrong, with which input, and what to do.
@@ -98,6 +99,10 @@ class TooFewClients(JobError):
 
 class UnmaskingFailed(JobError):
     """The shares that clients revealed do not give the committed masks back."""
+
+
+class RoundLost(JobError):
+    """A round can neither end nor be repeated without telling clients apart: on with the next."""
 
 
 class BudgetExceeded(JobError):

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedtune.errors import LateMessage, TooFewClients, WireError
+from fedtune.errors import LateMessage, RoundLost, TooFewClients, WireError
 from fedtune.flower.envelope import RECORD, unwrap, wrap
 from fedtune.records import RoundRecord
 from fedtune.round.federation import Federation, Score
@@ -35,6 +35,9 @@ class Observer(Protocol):
 
     def round_committed(self, record: RoundRecord) -> None:
         """The round is in the journal."""
+
+    def round_lost(self, reason: str) -> None:
+        """The round came to nothing; the next one begins from the same adapter."""
 
     def client_refused(self, node: int, reason: str) -> None:
         """A node could not be taken in."""
@@ -79,22 +82,28 @@ class FederatedFineTuning(Strategy):
         self._started = time.perf_counter()
         self._grid = grid
         self._bytes_down = 0
+        self._lost = ""
         self._open, exchange = self._federation.open_round()
         following: Exchange | None = exchange
-        while following is not None and following.stage != TRAINING:
-            following = self._hold(following)
-        return self._requests(following) if following is not None else []
+        try:
+            while following is not None and following.stage != TRAINING:
+                following = self._hold(following)
+        except RoundLost as error:
+            self._lost = str(error)
+        return self._requests(following) if following is not None and not self._lost else []
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord, MetricRecord]:
         """Count each reply as it comes, hold what exchanges are left, then close the round."""
-        opened = self._require_open()
-        self._collect(replies, self._federation.config.rounds.timeout)
-        following = opened.proceed() if self._trained else None
-        while following is not None:
-            following = self._hold(following)
-        self._adapter = self._federation.close_round(opened)
+        try:
+            if not self._lost:
+                self._adapter = self._finish(replies)
+        except RoundLost as error:
+            self._lost = str(error)
+        if self._lost:
+            self._adapter = self._federation.give_up(self._lost)
+            self._observer.round_lost(self._lost)
         return _arrays(self._adapter), MetricRecord()
 
     def configure_evaluate(
@@ -149,6 +158,14 @@ class FederatedFineTuning(Strategy):
                 self._observer.client_refused(node, str(error))
         if not self._federation.members:
             raise TooFewClients(f"no client takes part ({reasons(refused)})")
+
+    def _finish(self, replies: Iterable[Message]) -> Float32Vector:
+        opened = self._require_open()
+        self._collect(replies, self._federation.config.rounds.timeout)
+        following = opened.proceed() if self._trained else None
+        while following is not None:
+            following = self._hold(following)
+        return self._federation.close_round(opened)
 
     def _hold(self, exchange: Exchange) -> Exchange | None:
         """Ask and wait for the answers; the exchange that follows."""

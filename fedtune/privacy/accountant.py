@@ -2,9 +2,9 @@
 
 Two kinds of releases, never in one ledger, because they protect different things:
 
-- "client": each round's sum of the clients' integer vectors with Skellam noise. Hides whether a
-  client took part at all (add or remove one client). Sampling clients is never counted as
-  amplification: the server chooses the cohort, and it is one of those to be protected from.
+- "client": each round's sum of the clients' integer vectors with Skellam noise. Hides all data of a
+  client: its vector exchanged for zeros. That it took part is known. Sampling clients is never
+  counted as amplification: the server chooses the cohort, and it is to be protected from.
 - "record": the Gaussian noise of local training by DP-SGD. Hides whether a training example was
   there (add or remove one). Batches are Poisson samples that the client draws by itself, so
   sampling does count. Clients' examples are disjoint, so each client has its own account.

@@ -55,7 +55,7 @@ class ClientMachine:
         train, test = local.train_examples, local.test_examples
         if self._masked is not None:
             train = 0
-            test = test if self._shares_each() else 0
+            test = test if self._shares_scores() else 0
         return codec.encode_hello(codec.Hello(local.context(run_id, 0), self.name, train, test))
 
     def converse(self, payload: bytes) -> bytes:
@@ -81,25 +81,29 @@ class ClientMachine:
             run_id, site = request.context.run_id, self._membership
             if charge := site.charge(self._local, run_id, number):
                 site.store.charge(self.name, run_id, charge)
-        result = self._local.train(adapter, number)
-        return codec.encode_train_reply(
-            codec.TrainReply(
-                context=request.context,
-                update=self._encode(result, number),
-                examples=self._local.train_examples,
-                loss=result.loss,
-                train_seconds=result.seconds,
+
+        def encode(result: LocalUpdate) -> bytes:
+            return codec.encode_train_reply(
+                codec.TrainReply(
+                    context=request.context,
+                    update=self._encode(result, number),
+                    examples=self._local.train_examples,
+                    loss=result.loss,
+                    train_seconds=result.seconds,
+                )
             )
-        )
+
+        return self._local.train_and(encode, adapter, number, self._tells_failures())
 
     def evaluate(self, payload: bytes) -> bytes:
         """Answer a request to evaluate on the client's own test set."""
         request = codec.decode_evaluate_request(payload, self._local.adapter_bytes)
         adapter = self._accept(request)
         self._check_policy()
-        if not self._shares_each():
+        if not self._shares_scores():
             raise PolicyRefusal(
-                "this site's policy.share-metrics does not allow a score of its own"
+                "a score of its own is neither masked nor noised, and this site's "
+                "policy.share-metrics or the unit of privacy does not allow it"
             )
         result = self._local.evaluate(adapter)
         return codec.encode_evaluate_reply(
@@ -126,5 +130,12 @@ class ClientMachine:
         if self._membership is not None:
             self._membership.check(self._local)
 
-    def _shares_each(self) -> bool:
+    def _tells_failures(self) -> bool:
+        """In the clear the server sees the update, which tells more, unless it has noise."""
+        site = self._membership
+        return site is None or self._config.privacy.unit == "none" or site.policy.report_failures
+
+    def _shares_scores(self) -> bool:
+        if self._config.privacy.unit == "client":
+            return False  # test rows are data of the client, and a score has no noise
         return self._membership is None or self._membership.policy.share_metrics == "each"

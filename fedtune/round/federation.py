@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from fedtune.aggregate import AdamRule, MomentumRule, Rule
 from fedtune.config import Aggregate, Config
-from fedtune.errors import BudgetExceeded, ContextMismatch, TooFewClients
+from fedtune.errors import BudgetExceeded, ContextMismatch, JobError, TooFewClients
 from fedtune.privacy.accountant import Release
 from fedtune.records import RoundRecord
 from fedtune.round.journal import Journal
@@ -25,6 +25,8 @@ from fedtune.types import Float32Vector, Manifest, RoundContext
 from fedtune.update import make_pipeline
 from fedtune.wire import codec
 from fedtune.wire.context import check_context
+
+LOST_IN_A_ROW = 3
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,6 @@ class Federation:
         self._context = RoundContext(self.run_id, 0, base_digest, manifest.digest, config.digest)
         self._journal = journal
         self._rule = make_rule(config.aggregate)
-        self._updates: Updates = (
-            FloatUpdates(make_pipeline(config.update, manifest.size), config.aggregate.rule)
-            if config.update.bits is None
-            else IntegerUpdates(make_quantizer(config, manifest.size, 1))
-        )
         self.round, self._state = journal.last_state()
         self.members: list[Member] = []
 
@@ -121,11 +118,17 @@ class Federation:
         opened = PlainRound(
             context,
             cohort,
-            self._updates,
+            self._updates(),
             by_examples=self.config.aggregate.weighting == "examples",
             tells_losses=self.config.privacy.unit == "none",
         )
         return opened, opened.begin(self.adapter)
+
+    def _updates(self) -> Updates:
+        config, size = self.config, self.manifest.size
+        if config.update.bits is None:
+            return FloatUpdates(make_pipeline(config.update, size), config.aggregate.rule)
+        return IntegerUpdates(make_quantizer(config, size, 1))
 
     def _open_masked(
         self, context: RoundContext, cohort: list[Member], authority: Authority
@@ -133,15 +136,18 @@ class Federation:
         sealed = self._journal.sealed(context.round)
         if sealed is None:
             self._check_budget(context.round)
-        attempt = sealed[0] if sealed else self._journal.next_attempt(context.round)
+        journal, number = self._journal, context.round
+        repeated = journal.asked_for_values(number)
         opened = MaskedRound(
             context,
             cohort,
             self.config,
             self.manifest.size,
-            attempt,
+            sealed[0] if sealed else journal.next_attempt(number),
             authority,
-            lambda notes: self._journal.seal(context.round, notes, self._release(context.round)),
+            ask=lambda: journal.ask_for_values(number),
+            seal=lambda notes: journal.seal(number, notes, self._release(number)),
+            repeated=repeated,
         )
         return opened, opened.resume(sealed[1]) if sealed else opened.begin(self.adapter)
 
@@ -175,6 +181,17 @@ class Federation:
         self._next = server_round.close(self._rule, self._state, minimum)
         return self._next.adapter
 
+    def give_up(self, reason: str) -> Float32Vector:
+        """The open round comes to nothing, and the adapter stays; the next round can begin.
+
+        Raises `JobError` at the third such round in a row.
+        """
+        before = self._journal.records()[-(LOST_IN_A_ROW - 1) :]
+        if len(before) == LOST_IN_A_ROW - 1 and not any(record.clients for record in before):
+            raise JobError(f"{LOST_IN_A_ROW} rounds in a row came to nothing; the last: {reason}")
+        self._next = self._state
+        return self.adapter
+
     def commit(
         self, server_round: ServerRound, score: Score | None, bytes_down: int, seconds: float
     ) -> RoundRecord:
@@ -205,6 +222,6 @@ class Federation:
         return round_number == last or (every > 0 and round_number % every == 0)
 
     def _minimum(self, cohort: int) -> int:
-        if self.config.secagg.enabled:
-            return make_terms(self.config).minimum
+        if self._authority is not None:
+            return make_terms(self.config, self._authority.roster.clients).minimum
         return minimum_clients(self.config.rounds.min_clients, cohort)

@@ -23,7 +23,7 @@ from fedtune.privacy.accountant import Ledger, Release
 from fedtune.records import RoundRecord
 from fedtune.round.server import GlobalState
 
-FORMAT = 2
+FORMAT = 3
 
 _IDENTITY = "CREATE TABLE identity (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT"
 _ROUNDS = """
@@ -39,6 +39,7 @@ _OPEN_ROUND = """
 CREATE TABLE open_round (
     round INTEGER PRIMARY KEY,
     attempt INTEGER NOT NULL,
+    asked INTEGER NOT NULL,    -- whether clients were asked for values, in any attempt
     sealed BLOB                -- what it takes to open the sum, once all values are in
 ) STRICT
 """
@@ -122,12 +123,23 @@ class Journal:
         """Number of a new attempt at a round, from 1; never the same twice."""
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO open_round VALUES (?, 1, NULL) "
+                "INSERT INTO open_round VALUES (?, 1, 0, NULL) "
                 "ON CONFLICT (round) DO UPDATE SET attempt = attempt + 1",
                 [round_number],
             )
             query = "SELECT attempt FROM open_round WHERE round = ?"
             return int(db.execute(query, [round_number]).fetchone()[0])
+
+    def ask_for_values(self, round_number: int) -> None:
+        """From now on clients may have sent values that they repeat to no other cohort."""
+        with self._transaction() as db:
+            db.execute("UPDATE open_round SET asked = 1 WHERE round = ?", [round_number])
+
+    def asked_for_values(self, round_number: int) -> bool:
+        """Whether `ask_for_values` was called for an attempt at the round."""
+        query = "SELECT asked FROM open_round WHERE round = ?"
+        row = self._db.execute(query, [round_number]).fetchone()
+        return bool(row and row[0])
 
     def seal(self, round_number: int, sealed: bytes, release: Release | None) -> None:
         """Keep what it takes to open a round's sum, and charge the release of it, at once."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +20,9 @@ from fedtune.train.batches import (
 )
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, Trainer
 from fedtune.types import Float32Vector, RoundContext
+
+logger = logging.getLogger(__name__)
+Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,37 @@ class LocalWork:
         )
         result = self._trainer.train(adapter, self.train_data, plan)
         update = result.adapter - adapter
+        if not np.isfinite(update).all():
+            raise TrainingError("training gave values that are not finite; lower train.lr")
         if self.config.privacy.unit != "none":
             return LocalUpdate(update, 0.0, 0.0)
         return LocalUpdate(update, result.loss or 0.0, result.seconds)
+
+    def train_and(
+        self,
+        encode: Callable[[LocalUpdate], Encoded],
+        adapter: Float32Vector,
+        round_number: int,
+        tells_failures: bool,
+    ) -> Encoded:
+        """What `encode` makes of the update from `adapter`; if either fails, of one of zeros.
+
+        An adapter can be made so that training fails if, and only if, some example is of a kind:
+        whether it failed is an answer without masks and without noise. So the failure is logged
+        at home only, unless the site `tells_failures`; then it is raised.
+        """
+        if tells_failures:
+            return encode(self.train(adapter, round_number))
+        try:
+            return encode(self.train(adapter, round_number))
+        except Exception:
+            logger.exception(
+                "%s: training failed in round %d; the server gets an update of zeros. To let it "
+                "know, set report-failures = true in [policy]",
+                self.name,
+                round_number,
+            )
+        return encode(LocalUpdate(np.zeros(self.manifest.size, np.float32), 0.0, 0.0))
 
     def rounding(self, round_number: int) -> np.random.Generator:
         """Decides in which direction this round's values are rounded; not secret."""

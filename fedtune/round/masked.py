@@ -12,7 +12,14 @@ from safetensors.numpy import load, save
 
 from fedtune.aggregate import Rule
 from fedtune.config import Config
-from fedtune.errors import ConfigError, MalformedMessage, TooFewClients, UnmaskingFailed, WireError
+from fedtune.errors import (
+    ConfigError,
+    MalformedMessage,
+    RoundLost,
+    TooFewClients,
+    UnmaskingFailed,
+    WireError,
+)
 from fedtune.round.server import Exchange, GlobalState, Member, next_state, reasons
 from fedtune.round.terms import make_quantizer, make_ring, make_terms
 from fedtune.secagg.keys import Identity, Roster
@@ -20,9 +27,9 @@ from fedtune.secagg.messages import Survivors
 from fedtune.secagg.ring import Ring
 from fedtune.secagg.saved import dump_adverts, load_adverts
 from fedtune.secagg.server import Aggregation, Sealed
-from fedtune.secagg.session import Session
+from fedtune.secagg.session import Session, Terms
 from fedtune.types import Float32Vector, RoundContext
-from fedtune.update.quantize import QuantizedSum
+from fedtune.update.quantize import QuantizedSum, Quantizer
 from fedtune.wire import aggregation as codec
 from fedtune.wire.envelope import Kind, read_envelope, seal_envelope
 
@@ -46,7 +53,11 @@ class Authority:
 
 @dataclass
 class MaskedRound:
-    """See `server.ServerRound`. `seal` makes durable what it takes to open the sum."""
+    """See `server.ServerRound`.
+
+    `ask` makes durable that clients are going to be asked for values, `seal` what it takes to
+    open the sum. In a round that is `repeated`, clients may have sent values before.
+    """
 
     context: RoundContext
     cohort: Sequence[Member]
@@ -54,7 +65,9 @@ class MaskedRound:
     size: int
     attempt: int
     authority: Authority
+    ask: Callable[[], None]
     seal: Callable[[bytes], None]
+    repeated: bool = False
     failed: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
     train_seconds: float = 0.0
@@ -74,9 +87,8 @@ class MaskedRound:
         )
         self._session = session.digest
         roster = self.authority.roster
-        terms = make_terms(self.config, roster)
-        slots = make_quantizer(self.config, self.size, len(self.cohort)).slots
-        self._aggregation = Aggregation(session.digest, roster, terms, slots)
+        slots = self._quantizer(len(self.cohort)).slots
+        self._aggregation = Aggregation(session.digest, roster, self._terms, slots)
         everyone = [member.name for member in self.cohort]
         return self._ask("advertise", codec.encode_invite(session), everyone)
 
@@ -97,8 +109,7 @@ class MaskedRound:
         self.failed = notes["failed"]
         self.bytes_up, self.train_seconds = notes["bytes_up"], notes["train_seconds"]
         self._session = total.session
-        terms = make_terms(self.config, self.authority.roster)
-        self._aggregation = Aggregation.resume(total, self.authority.roster, terms)
+        self._aggregation = Aggregation.resume(total, self.authority.roster, self._terms)
         return self._ask_survivors(total)
 
     def proceed(self) -> Exchange | None:
@@ -109,7 +120,13 @@ class MaskedRound:
             return self._next()
         except TooFewClients as error:
             why = f"round {self.context.round}: {error} ({reasons(self.failed)})"
+            if self.repeated and self._stage in ("advertise", "share", "train"):
+                # Those who sent values insist on the cohort of then, and it is not there.
+                raise self._lost(why) from error
             raise TooFewClients(why) from error
+        except UnmaskingFailed as error:
+            # Whoever signed the survivors takes no other attempt at the round.
+            raise self._lost(f"round {self.context.round}: {error}") from error
 
     def receive(self, client: str, payload: bytes) -> None:
         """See `server.ServerRound.receive`."""
@@ -177,7 +194,7 @@ class MaskedRound:
             return self._ask("share", codec.encode_cohort(adverts), names)
         if self._stage == "share":
             deliveries = aggregation.close_shares()
-            quantizer = make_quantizer(self.config, self.size, aggregation.clients)
+            quantizer = self._quantizer(aggregation.clients)
             self._packed_bytes = aggregation.expect(make_ring(quantizer, aggregation.clients))
             requests = {
                 name: self._seal(
@@ -185,6 +202,7 @@ class MaskedRound:
                 )
                 for name, delivery in deliveries.items()
             }
+            self.ask()
             return self._open("train", requests)
         if self._stage == "train":
             sealed = aggregation.close_values()
@@ -195,12 +213,23 @@ class MaskedRound:
             names = [self._names[place] for place in unmasking.signers]
             return self._ask("reveal", codec.encode_unmasking(unmasking), names)
         total = aggregation.close_reveals()
-        quantizer = make_quantizer(self.config, self.size, aggregation.clients)
+        quantizer = self._quantizer(aggregation.clients)
         try:
             self._result = quantizer.decode(total, len(self._counted))
         except WireError as error:
             raise UnmaskingFailed(f"the sum is not one that clients can give: {error}") from error
         return None
+
+    def _lost(self, why: str) -> RoundLost:
+        self._counted, self._result = (), None
+        return RoundLost(why)
+
+    @property
+    def _terms(self) -> Terms:
+        return make_terms(self.config, self.authority.roster.clients)
+
+    def _quantizer(self, cohort: int) -> Quantizer:
+        return make_quantizer(self.config, self.size, cohort, self._terms)
 
     def _ask_survivors(self, sealed: Sealed) -> Exchange:
         self._counted = tuple(sorted(sealed.names))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from hashlib import sha256
 from hmac import compare_digest
 
-from fedtune.errors import ContextMismatch
-from fedtune.round.local import LocalWork
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.errors import ContextMismatch, PolicyRefusal, ProtocolViolation
+from fedtune.round.local import LocalUpdate, LocalWork
 from fedtune.round.membership import Membership
+from fedtune.round.site import SavedSession
 from fedtune.round.terms import make_quantizer, make_ring, make_terms
 from fedtune.secagg.client import ClientSession
 from fedtune.secagg.keys import SERVER
+from fedtune.types import Float32Vector
+from fedtune.update.quantize import Quantizer
 from fedtune.wire import aggregation as codec
 from fedtune.wire.context import check_context
 from fedtune.wire.envelope import Envelope, Kind, read_envelope, seal_envelope
@@ -23,10 +28,8 @@ class MaskedClient:
     def __init__(self, local: LocalWork, membership: Membership) -> None:
         self._local = local
         self._site = membership
-        terms = make_terms(local.config, membership.roster)
-        # The site may want more updates in a sum than the federation does.
-        self._terms = replace(terms, minimum=max(terms.minimum, membership.policy.min_cohort))
-        self._clients = len(membership.roster.keys)
+        self._terms = make_terms(local.config, membership.roster.clients)
+        self._clients = membership.roster.clients
 
     def converse(self, payload: bytes) -> bytes:
         """Answer an invitation, a cohort, a survivor set or a request to unmask."""
@@ -40,7 +43,7 @@ class MaskedClient:
         }
         saved = self._site.store.find(self._local.name, envelope.session)
         body = self._open(envelope, *steps)
-        return steps[envelope.kind](saved.state, body)
+        return steps[envelope.kind](saved, body)
 
     def train(self, payload: bytes) -> bytes:
         """Answer a request to train with masked values."""
@@ -54,21 +57,32 @@ class MaskedClient:
             raise ContextMismatch("not the global adapter that all clients were invited to")
         accepted = saved.state.accept(delivery, self._terms)
         charge = site.charge(local, saved.run_id, saved.round)
-        result = local.train(local.read_adapter(adapter), saved.round)
         cohort = len(accepted.adverts)
-        quantizer = make_quantizer(local.config, local.manifest.size, cohort)
-        counts = site.policy.share_metrics != "never"
-        values = quantizer.encode(
-            result.update,
-            local.train_examples if counts else 1,
-            result.loss if counts else 0.0,
-            local.rounding(saved.round),
-        )
+        quantizer = make_quantizer(local.config, local.manifest.size, cohort, self._terms)
+        values, seconds = self._work(quantizer, local.read_adapter(adapter), saved.round)
         ring = make_ring(quantizer, cohort)
         masked, answer = accepted.mask(values, ring, site.identity, self._terms)
         # From the stored state: whoever sends the request twice gets one answer.
         site.store.advance(saved.state, masked, charge)
-        return self._seal(Kind.UPDATE, masked, codec.encode_update(answer, result.seconds))
+        return self._seal(Kind.UPDATE, masked, codec.encode_update(answer, seconds))
+
+    def _work(
+        self, quantizer: Quantizer, adapter: Float32Vector, round_number: int
+    ) -> tuple[NDArray[np.int64], float]:
+        """Train: the integers to mask, and for how many seconds, if the site tells."""
+        local, policy = self._local, self._site.policy
+
+        def encode(result: LocalUpdate) -> tuple[NDArray[np.int64], float]:
+            tells = policy.share_metrics != "never"
+            values = quantizer.encode(
+                result.update,
+                max(1, local.train_examples) if tells else 1,
+                result.loss if tells else 0.0,
+                local.rounding(round_number),
+            )
+            return values, result.seconds if tells else 0.0
+
+        return local.train_and(encode, adapter, round_number, policy.report_failures)
 
     def _advertise(self, envelope: Envelope) -> bytes:
         session = codec.decode_invite(envelope.body)
@@ -81,28 +95,43 @@ class MaskedClient:
         # The body says what the digest over it must be: nothing else was signed.
         envelope.open(self._site.roster, SERVER, session.digest, (Kind.INVITE,))
         state, advert = ClientSession.begin(self._site.identity, session)
+        self._site.join(context.run_id, self._local)
         self._site.store.begin(self._local.name, session, state)
         return self._seal(Kind.ADVERT, state, codec.encode_advert(advert))
 
-    def _share(self, state: ClientSession, body: bytes) -> bytes:
+    def _share(self, saved: SavedSession, body: bytes) -> bytes:
         adverts = codec.decode_cohort(body, self._clients)
-        shared, shares = state.share(adverts, self._site.roster, self._terms)
-        self._site.store.advance(state, shared)
+        site, names = self._site, tuple(advert.client for advert in adverts)
+        if saved.repeats and names != saved.repeats:
+            # Two sums over different cohorts of the very same values would tell them apart.
+            raise ProtocolViolation(
+                f"{saved.state.name} has sent its values of round {saved.round} to a cohort of "
+                f"{len(saved.repeats)} and repeats them to no other"
+            )
+        # What the federation's terms ask for is all that the other clients will insist on.
+        fewest = self._terms.fewest_survivors(len(adverts))
+        if fewest < site.policy.min_cohort:
+            raise PolicyRefusal(
+                f"this site's policy.min-cohort is {site.policy.min_cohort}, and a cohort of "
+                f"{len(adverts)} may end in a sum of {fewest}"
+            )
+        shared, shares = saved.state.share(adverts, site.roster, self._terms)
+        site.store.advance(saved.state, shared)
         return self._seal(Kind.SEALED_SHARES, shared, codec.encode_sealed_shares(shares))
 
-    def _sign(self, state: ClientSession, body: bytes) -> bytes:
+    def _sign(self, saved: SavedSession, body: bytes) -> bytes:
         survivors = codec.decode_survivors(body, self._clients)
         site = self._site
-        signed, signature = state.sign(survivors, site.identity, site.roster, self._terms)
-        if signed is not state:
-            self._site.store.advance(state, signed)
+        signed, signature = saved.state.sign(survivors, site.identity, site.roster, self._terms)
+        if signed is not saved.state:
+            site.store.advance(saved.state, signed)
         return self._seal(Kind.SIGNATURE, signed, codec.encode_signature(signature))
 
-    def _reveal(self, state: ClientSession, body: bytes) -> bytes:
+    def _reveal(self, saved: SavedSession, body: bytes) -> bytes:
         unmasking = codec.decode_unmasking(body, self._clients)
-        revealed, reveal = state.reveal(unmasking, self._site.roster, self._terms)
-        if revealed.stage is not state.stage:
-            self._site.store.advance(state, revealed)
+        revealed, reveal = saved.state.reveal(unmasking, self._site.roster, self._terms)
+        if revealed is not saved.state:
+            self._site.store.advance(saved.state, revealed)
         return self._seal(Kind.REVEAL, revealed, codec.encode_reveal(reveal))
 
     def _open(self, envelope: Envelope, *kinds: Kind) -> bytes:

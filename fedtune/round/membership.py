@@ -29,14 +29,21 @@ class Membership:
         digest = self.roster.digest if config.secagg.enabled else None
         check_policy(self.policy, config, local.base_digest, config.aggregate.rule, digest)
 
+    def join(self, run_id: str, local: LocalWork) -> None:
+        """Raise `ProtocolViolation` if the site is in another run of the same federation."""
+        agreement = self.roster.digest.hex() + local.config.digest
+        self.store.join(local.name, run_id, agreement)
+
     def charge(self, local: LocalWork, run_id: str, round_number: int) -> Charge | None:
         """What one round of this client releases, and within which budgets.
 
-        Raises `PolicyRefusal` for too little noise, and `BudgetExceeded`.
+        Raises `PolicyRefusal` for too little noise, `BudgetExceeded`, and `ProtocolViolation`
+        for a second run.
         """
         release = self._release(local, round_number)
         if release is None:
             return None
+        self.join(run_id, local)
         privacy = local.config.privacy
         charge = Charge(
             release,

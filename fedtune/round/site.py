@@ -32,7 +32,14 @@ CREATE TABLE IF NOT EXISTS sessions (
     adapter_digest TEXT NOT NULL,
     stage TEXT NOT NULL,
     state BLOB NOT NULL,          -- secret: keys and shares of this one session
+    repeats TEXT NOT NULL,        -- JSON: cohort that has this round's values already
     PRIMARY KEY (client, run_id)  -- only the last one is kept
+) STRICT;
+CREATE TABLE IF NOT EXISTS runs (
+    client TEXT NOT NULL,
+    agreement TEXT NOT NULL,      -- digests of roster and configuration
+    run_id TEXT NOT NULL,
+    PRIMARY KEY (client, agreement)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS releases (
     client TEXT NOT NULL,
@@ -73,12 +80,16 @@ class Charge:
 
 @dataclass(frozen=True)
 class SavedSession:
-    """A session that a client is in."""
+    """A session that a client is in.
+
+    `repeats` are the clients of an earlier attempt at the round, if this one sent it values.
+    """
 
     run_id: str
     round: int
     adapter_digest: str
     state: ClientSession
+    repeats: tuple[str, ...] = ()
 
 
 class SiteStore:
@@ -90,6 +101,7 @@ class SiteStore:
         try:
             # The file is made for its owner alone before anything secret is in it.
             path.touch(mode=0o600, exist_ok=True)
+            path.chmod(0o600)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute(f"PRAGMA synchronous = {synchronous}")
@@ -111,6 +123,24 @@ class SiteStore:
         wanted = {name for name, _ in fresh}
         return {name: Identity(name, key) for name, key in rows if name in wanted}
 
+    def join(self, client: str, run_id: str, agreement: str) -> None:
+        """Take part in a run of the federation that `agreement` stands for, and in no other.
+
+        The same training, summed up in two runs with one client less in the second, would
+        give that client away. Raises `ProtocolViolation` for a second run.
+        """
+        with self._transaction() as db:
+            row = (client, agreement, run_id)
+            db.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?)", row)
+            query = "SELECT run_id FROM runs WHERE client = ? AND agreement = ?"
+            (joined,) = db.execute(query, (client, agreement)).fetchone()
+        if joined != run_id:
+            raise ProtocolViolation(
+                f"this site takes part in run {joined} of this federation and in no second one; "
+                "another run needs another configuration (its seed is enough) or roster, which "
+                "the site agrees to by installing it"
+            )
+
     def begin(self, client: str, session: Session, state: ClientSession) -> None:
         """Take part in a session.
 
@@ -119,20 +149,26 @@ class SiteStore:
         """
         context = session.context
         with self._transaction() as db:
+            repeats: list[str] = []
             row = db.execute(
-                "SELECT round, attempt, stage FROM sessions WHERE client = ? AND run_id = ?",
+                "SELECT round, attempt, stage, state, repeats FROM sessions "
+                "WHERE client = ? AND run_id = ?",
                 (client, context.run_id),
             ).fetchone()
             if row is not None:
-                number, attempt, stage = row
+                number, attempt, stage, earlier, told = row
                 if context.round < number:
                     raise ProtocolViolation(f"round {context.round} after round {number}")
                 if context.round == number and stage in _FINAL:
                     raise ProtocolViolation(f"this client has finished round {number} already")
                 if context.round == number and session.attempt <= attempt:
                     raise ProtocolViolation(f"attempt {session.attempt} after attempt {attempt}")
+                if context.round == number:
+                    repeats = json.loads(told)
+                    if stage == Stage.MASKED:
+                        repeats = [advert.client for advert in load(earlier).adverts]
             db.execute(
-                "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     client,
                     context.run_id,
@@ -142,20 +178,21 @@ class SiteStore:
                     session.adapter_digest,
                     state.stage,
                     dump(state),
+                    json.dumps(repeats),
                 ),
             )
 
     def find(self, client: str, session: bytes) -> SavedSession:
         """The session with this digest; raises `ProtocolViolation` if the client is not in it."""
         row = self._db.execute(
-            "SELECT run_id, round, adapter_digest, state FROM sessions "
+            "SELECT run_id, round, adapter_digest, state, repeats FROM sessions "
             "WHERE client = ? AND session = ?",
             (client, session),
         ).fetchone()
         if row is None:
             raise ProtocolViolation("a message of a session that this client is not in")
-        run_id, number, adapter_digest, state = row
-        return SavedSession(run_id, number, adapter_digest, load(state))
+        run_id, number, adapter_digest, state, repeats = row
+        return SavedSession(run_id, number, adapter_digest, load(state), tuple(json.loads(repeats)))
 
     def advance(
         self, before: ClientSession, after: ClientSession, charge: Charge | None = None
@@ -175,6 +212,9 @@ class SiteStore:
             if charge is not None:
                 saved = self.find(before.name, before.session)
                 self._enter(before.name, saved.run_id, charge)
+        if after.stage is Stage.REVEALED:
+            # Deleted secrets are overwritten in the file, but older pages stay in its log.
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def charge(self, client: str, run_id: str, charge: Charge) -> None:
         """Enter a release outside of a session, before it leaves; or raise `BudgetExceeded`."""

@@ -13,35 +13,35 @@ from fedtune.privacy.accountant import (
     calibrate_record_noise,
     integer_l1,
 )
-from fedtune.secagg.keys import Roster
 from fedtune.secagg.ring import Ring
 from fedtune.secagg.session import MINIMUM_COHORT, Terms
 from fedtune.update.quantize import Quantizer
 from fedtune.update.skellam import SkellamNoise
 
 
-def make_terms(config: Config, roster: Roster | None = None) -> Terms:
-    """The terms of secure aggregation; with a `roster`, also against too small a cohort."""
+def make_terms(config: Config, clients: int) -> Terms:
+    """The terms of secure aggregation among `clients` clients of a roster."""
     secagg = config.secagg
     minimum = config.rounds.min_clients or MINIMUM_COHORT
-    clients = len(roster.keys) - 1 if roster is not None else 0
-    full = min(clients, config.rounds.clients_per_round or clients)
-    return Terms(secagg.threshold, secagg.colluding, minimum, secagg.neighbours, full)
+    return Terms(secagg.threshold, secagg.colluding, minimum, secagg.neighbours, clients)
 
 
-def make_quantizer(config: Config, size: int, cohort: int) -> Quantizer:
+def make_quantizer(config: Config, size: int, cohort: int, terms: Terms | None = None) -> Quantizer:
     """How updates of `size` values become integers in a round that `cohort` clients begin.
 
     Each client adds its share of the noise as if only the fewest clients that a round may end
-    with were left: with more the noise is larger than promised, never smaller. Raises
-    `ConfigError` if the integers cannot hold the update.
+    with were left, and the colluders of `terms` among them added none: with more the noise is
+    larger than promised, never smaller. Raises `ConfigError` if the integers cannot hold the
+    update.
     """
     update = config.update
     if update.clip is None or update.bits is None:
         raise ValueError("update.clip and update.bits are unset")
     noise = None
     if config.privacy.unit == "client":
-        shares = make_terms(config).fewest_survivors(cohort)
+        if terms is None:
+            raise ValueError("noise is shared on the terms of secure aggregation")
+        shares = terms.fewest_survivors(cohort) - terms.colluders_of(cohort)
         noise = SkellamNoise(noise_variance(config, size) / shares)
     return Quantizer(
         size,

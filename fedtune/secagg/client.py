@@ -38,6 +38,7 @@ from fedtune.secagg.session import Session, Terms
 from fedtune.secagg.transcript import transcript
 
 PAIRWISE = "pairwise mask"
+SPENT_KEY = RoundKey(b"")
 SHARES = "sealed shares"
 
 
@@ -54,7 +55,12 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class ClientSession:
-    """One client in one session. Secrets are in no repr; tuples are in the order of places."""
+    """One client in one session. Secrets are in no repr; tuples are in the order of places.
+
+    A secret is gone from the state as soon as the protocol has no more use for it: own keys and
+    the self-mask when the values are masked, the others' shares when they are revealed. Who
+    copies a site's disk later, and has recorded the traffic, opens nothing with it.
+    """
 
     stage: Stage
     name: str
@@ -67,6 +73,7 @@ class ClientSession:
     sharers: tuple[int, ...] = ()
     shares: tuple[bytes, ...] = field(default=(), repr=False)  # of each sharer: key, then self-mask
     survivors: tuple[int, ...] = ()
+    revealed: Reveal | None = None
 
     @classmethod
     def begin(cls, identity: Identity, session: Session) -> tuple[ClientSession, Advert]:
@@ -144,7 +151,15 @@ class ClientSession:
                 (add_mask if self.place < place else subtract_mask)(vector, seed)
         voucher = identity.sign(sharers_signed(self.binding, self.sharers))
         masked = MaskedValues(ring.pack(ring.reduce(vector)), voucher)
-        return replace(self, stage=Stage.MASKED), masked
+        state = replace(
+            self,
+            stage=Stage.MASKED,
+            sealing=SPENT_KEY,
+            masking=SPENT_KEY,
+            self_mask=b"",
+            own_shares=b"",
+        )
+        return state, masked
 
     def sign(
         self, told: Survivors, identity: Identity, roster: Roster, terms: Terms
@@ -200,6 +215,8 @@ class ClientSession:
         message = survivors_signed(self.binding, self.sharers, self.survivors)
         for place, signature in zip(signers, unmasking.signatures, strict=True):
             roster.verify(self.adverts[place].client, message, signature)
+        if self.revealed is not None:
+            return self, self.revealed
         self_masks, masking_keys = [], []
         for place, pair in zip(self.sharers, self.shares, strict=True):
             if place in self.survivors:
@@ -207,7 +224,7 @@ class ClientSession:
             else:
                 masking_keys.append(pair[: shamir.SHARE_BYTES])
         answer = Reveal(tuple(self_masks), tuple(masking_keys))
-        return replace(self, stage=Stage.REVEALED), answer
+        return replace(self, stage=Stage.REVEALED, shares=(), revealed=answer), answer
 
     @cached_property
     def place(self) -> int:

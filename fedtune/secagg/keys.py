@@ -66,6 +66,11 @@ class Roster:
             raise ValueError("two names in the roster have the same key")
         self.keys = dict(sorted(keys.items()))
 
+    @property
+    def clients(self) -> int:
+        """How many of them are clients."""
+        return len(self.keys) - 1
+
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 over names and keys, 32 bytes."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedtune.secagg.client import ClientSession, Stage
 from fedtune.secagg.keys import RoundKey
-from fedtune.secagg.messages import Advert
+from fedtune.secagg.messages import Advert, Reveal
 
 
 def dump(session: ClientSession) -> bytes:
@@ -25,6 +25,7 @@ def dump(session: ClientSession) -> bytes:
         "sharers": session.sharers,
         "shares": [share.hex() for share in session.shares],
         "survivors": session.survivors,
+        "revealed": _dump_reveal(session.revealed),
     }
     return json.dumps(value).encode()
 
@@ -44,6 +45,7 @@ def load(data: bytes) -> ClientSession:
         tuple(value["sharers"]),
         tuple(bytes.fromhex(share) for share in value["shares"]),
         tuple(value["survivors"]),
+        _load_reveal(value["revealed"]),
     )
 
 
@@ -55,6 +57,18 @@ def dump_adverts(adverts: tuple[Advert, ...]) -> list[dict[str, str]]:
 def load_adverts(values: list[dict[str, str]]) -> tuple[Advert, ...]:
     """Adverts from `dump_adverts`."""
     return tuple(_advert(value) for value in values)
+
+
+def _dump_reveal(reveal: Reveal | None) -> dict[str, list[str]] | None:
+    if reveal is None:
+        return None
+    return {kind: [share.hex() for share in shares] for kind, shares in asdict(reveal).items()}
+
+
+def _load_reveal(value: dict[str, list[str]] | None) -> Reveal | None:
+    if value is None:
+        return None
+    return Reveal(**{kind: tuple(map(bytes.fromhex, shares)) for kind, shares in value.items()})
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, str]:

@@ -281,15 +281,23 @@ class Aggregation:
         clients do not fit, each of these is left out in turn, so one liar stops nothing.
         """
         revealed = sorted(self._reveals)
+        wrong: set[str] = set()
         for left_out in (None, *revealed[:threshold]):
             chosen = [place for place in revealed if place != left_out][:threshold]
-            if len(chosen) == threshold and (found := self._open(chosen)):
-                return found
+            if len(chosen) == threshold:
+                found = self._open(chosen)
+                if not isinstance(found, str):
+                    return found
+                wrong.add(found)
+        # Whoever it is time and again has shared something else than it committed to.
+        whose = wrong.pop() if len(wrong) == 1 else "several clients"
         raise UnmaskingFailed(
-            f"the shares of {len(revealed)} clients do not give the committed masks back"
+            f"the shares of the secrets of {whose}, which {len(revealed)} clients revealed, do not "
+            "give back what was committed to"
         )
 
-    def _open(self, chosen: Iterable[int]) -> tuple[dict[int, bytes], dict[int, RoundKey]] | None:
+    def _open(self, chosen: Iterable[int]) -> tuple[dict[int, bytes], dict[int, RoundKey]] | str:
+        """The secrets that shares of `chosen` give, or the first client whose do not fit."""
         at_zero = shamir.weights([place + 1 for place in chosen])
         sealed = self._sealed
         survivors = sealed.survivors.places
@@ -300,12 +308,12 @@ class Aggregation:
             shares = {p: self._reveals[p - 1].self_masks[index] for p in at_zero}
             seed = shamir.combine(shares, at_zero)
             if seed is None or commitment_to(seed) != self._adverts[place].commitment:
-                return None
+                return self._adverts[place].client
             seeds[place] = seed
         for index, place in enumerate(dropped):
             shares = {p: self._reveals[p - 1].masking_keys[index] for p in at_zero}
             secret = shamir.combine(shares, at_zero)
             if secret is None or RoundKey(secret).public_key != self._adverts[place].masking_key:
-                return None
+                return self._adverts[place].client
             keys[place] = RoundKey(secret)
         return seeds, keys

@@ -52,18 +52,20 @@ class Session:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a federation's configuration says of secure aggregation; fractions are of the cohort.
+    """What a federation's configuration says of secure aggregation.
+
+    `threshold` is a fraction of the cohort, `colluding` of the roster.
 
     `minimum` is the smallest number of updates that is ever added up; `neighbours` with how
-    many others a client masks, None: with all. `full` is how many clients a cohort has when all
-    are there: the server chooses whom it invites, so colluders do not become fewer with it.
+    many others a client masks, None: with all. `roster` is how many clients there are: the server
+    chooses whom of them it invites, and all that collude may be among those.
     """
 
     threshold: float = 2 / 3
     colluding: float = 1 / 4
     minimum: int = MINIMUM_COHORT
     neighbours: int | None = None
-    full: int = 0
+    roster: int = 0
 
     def __post_init__(self) -> None:
         if not (0 <= self.threshold < 1 and 0 <= self.colluding < 1):
@@ -75,7 +77,7 @@ class Terms:
 
     def colluders_of(self, clients: int) -> int:
         """How many of a cohort of `clients` may be in league with the server."""
-        return math.ceil(max(clients, self.full) * self.colluding - 1e-9)
+        return math.ceil(max(clients, self.roster) * self.colluding - 1e-9)
 
     def graph_of(self, clients: int) -> MaskGraph:
         """Who masks with whom."""
@@ -100,15 +102,16 @@ class Terms:
             raise ConfigError(
                 f"secure aggregation of {clients} clients, but at least {least} are needed"
             )
+        if clients < colluders + 2:
+            raise ConfigError(
+                f"secagg.colluding: {colluders} clients may collude, and all may be in a cohort of "
+                f"{clients}, so less than two would be honest; take larger cohorts, or count on "
+                "fewer colluders"
+            )
         if 2 * threshold <= clients + colluders:
             raise ConfigError(
                 f"secagg.threshold: {threshold} of {clients} clients do not withstand {colluders} "
-                f"colluders; it takes {(clients + colluders) // 2 + 1}"
-            )
-        if clients < colluders + 2:
-            raise ConfigError(
-                f"secagg.colluding: of {clients} clients {colluders} may collude, so less than two "
-                "would be honest"
+                f"colluders; it takes {(clients + colluders) // 2 + 1}, or larger cohorts"
             )
         withstood = self.graph_of(clients).colluders_withstood(range(clients))
         if withstood < colluders:

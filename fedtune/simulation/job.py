@@ -171,15 +171,16 @@ def check_cohort(config: Config, clients: int) -> None:
 def check_privacy(config: Config, size: int, clients: int) -> None:
     """Raise `ConfigError` if updates of `size` values of so many clients cannot be protected."""
     cohort = min(config.rounds.clients_per_round or clients, clients)
-    if config.update.bits is not None:
-        make_quantizer(config, size, cohort).ring_bits(cohort)
+    terms = make_terms(config, clients)
     if config.secagg.enabled:
         try:
-            make_terms(config).check(cohort)
+            terms.check(cohort)
         except ConfigError as error:
             raise ConfigError(
                 f"{error}; or simulate without masks: --set secagg.enabled=false"
             ) from error
+    if config.update.bits is not None:
+        make_quantizer(config, size, cohort, terms).ring_bits(cohort)
 
 
 class TextModel:

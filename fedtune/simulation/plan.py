@@ -71,11 +71,15 @@ def make_plan(request: PlanRequest) -> Plan:
     clients = request.clients or config.rounds.clients_per_round or config.data.clients or 8
     rounds, delta = config.rounds.count, config.privacy.delta
     if config.privacy.unit == "client":
-        make_terms(config).check(clients)
+        # Who asks for a number of clients asks for a federation of so many.
+        terms = make_terms(config, request.clients or config.data.clients or clients)
+        terms.check(clients)
         release = client_release(config, request.parameters, 1)
         noise = math.sqrt(release.variance) / release.l2
         epsilon = Ledger([release] * rounds).epsilon(delta)
-        ratio = noise * math.sqrt(request.parameters) / clients
+        # If all stay to the end, all their shares of the noise are in the sum.
+        excess = clients / (terms.fewest_survivors(clients) - terms.colluders_of(clients))
+        ratio = noise * math.sqrt(request.parameters * excess) / clients
         return Plan("client", epsilon, delta, noise, rounds, clients, ratio, None, None)
     record = record_release(config, request.examples, 1)
     epsilon = Ledger([record] * rounds).epsilon(delta)
@@ -115,8 +119,9 @@ def _config(request: PlanRequest) -> Config:
 
 def _show(found: Plan, request: PlanRequest) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    whose = "one training example" if found.unit == "record" else "all data of one client"
-    table.add_row("hides", f"{whose}, added or removed")
+    record = found.unit == "record"
+    hides = "one training example, added or removed" if record else "all data of one client"
+    table.add_row("hides", hides)
     table.add_row("epsilon", f"{found.epsilon:.3f} after {found.rounds} rounds, at {found.delta:g}")
     table.add_row("noise multiplier", f"{found.noise_multiplier:.4f}")
     if found.noise_to_signal is not None:

@@ -167,6 +167,10 @@ class Simulation:
         if self._on_round:
             self._on_round(record)
 
+    def round_lost(self, reason: str) -> None:
+        """See `flower.strategy.Observer`."""
+        self._progress.note(f"{reason}; the adapter stays as it was")
+
     def client_refused(self, node: int, reason: str) -> None:
         """See `flower.strategy.Observer`."""
         self._refused.append(f"node {node} was refused: {reason}")
@@ -369,7 +373,7 @@ def _unit_words(config: Config) -> str:
         "none": "none: this adapter was not trained under differential privacy",
         "record": f"one training example of one client, added or removed, {at}; "
         "the number of examples of each client is taken to be known",
-        "client": f"all data of one client, added or removed, {at}",
+        "client": f"all data of one client, against none, {at}",
     }[config.privacy.unit]
 
 

@@ -123,6 +123,13 @@ class Federation:
         self.revealed[name] = reveal
         return reveal
 
+    def secretive(self, name: str) -> ClientSession:
+        """The client's state when it knew the most: a colluder forgets nothing."""
+        return next(
+            (s for s in reversed(self.history) if s.name == name and s.self_mask and s.shares),
+            self.state[name],
+        )
+
     # What the server makes of what it has.
 
     def sealed_for(self, receiver: str, sender: str) -> bytes:
@@ -207,7 +214,7 @@ class Federation:
                 found[self.names[owner]][place_of[name] + 1] = share
         secrets = {}
         for name in colluders:
-            state = self.state[name]
+            state = self.secretive(name)
             secrets[name] = state.self_mask if half else state.masking.private_key
             for owner, pair in zip(state.sharers, state.shares, strict=True):
                 share = pair[33:] if half else pair[:33]
@@ -233,7 +240,8 @@ class Federation:
         """Private keys, seeds and shares of every state that there has been."""
         found = {identity.private_key for identity in self.identities.values()}
         for state in self.history:
-            found |= {state.sealing.private_key, state.masking.private_key, state.self_mask}
+            own = {state.sealing.private_key, state.masking.private_key, state.self_mask}
+            found |= own - {b""}
             for pair in (*state.shares, state.own_shares):
                 found |= {pair, pair[:33], pair[33:]} if pair else set()
         return found

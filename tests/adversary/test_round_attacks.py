@@ -24,12 +24,13 @@ from fedtune.errors import (
     BadSignature,
     ContextMismatch,
     FedtuneError,
+    JobError,
     MalformedMessage,
     ProtocolViolation,
     TooFewClients,
-    UnmaskingFailed,
     WireError,
 )
+from fedtune.secagg import shamir
 from fedtune.secagg.keys import SERVER, Identity
 from fedtune.secagg.messages import MaskedValues, Reveal, SealedShares, Survivors, Unmasking
 from fedtune.secagg.session import Session
@@ -354,7 +355,7 @@ def test_requests_of_an_earlier_attempt_are_refused(masked_federation, undisturb
 def test_requests_of_another_run_are_refused(masked_federation, undisturbed):
     """The same sites and the same server hold two runs; what one says is nothing in the other."""
     fed = masked_federation()
-    other = masked_federation(folder=".", run_id="other")
+    other = masked_federation("seed=1", folder=".", run_id="other")
     assert other.authority.roster.digest == fed.authority.roster.digest
     heard: dict[tuple[str, str], bytes] = {}
 
@@ -385,6 +386,61 @@ def test_requests_of_another_run_are_refused(masked_federation, undisturbed):
     assert {name: other.kept(name) for name in other.names} == done
 
 
+def test_a_second_run_of_the_same_federation_is_refused(masked_federation):
+    """The sums of two runs, one without the victim, would differ by its very update."""
+    fed = masked_federation()
+    other = masked_federation(run_id="other")
+    assert other.config.digest == fed.config.digest
+    fed.round()
+    kept = {name: fed.kept(name) for name in fed.names}
+    with pytest.raises(TooFewClients, match="no second one"):
+        other.round()
+    fed.restart_sites()
+    with pytest.raises(TooFewClients, match="no second one"):
+        other.round(gone={"client-0": "advertise"})
+    assert other.trained == []
+    assert {name: fed.kept(name) for name in fed.names} == kept
+    assert fed.round().clients == tuple(fed.names)
+
+
+@pytest.mark.parametrize("stage", ["train", "sign"])
+def test_values_that_have_left_are_repeated_to_the_same_cohort_only(masked_federation, stage):
+    """Or the same values would be in two sums: of all, and of a part of them."""
+    fed = masked_federation("secagg.colluding=0.1", sizes=(7, 12, 5, 9, 4, 8, 6, 11, 10))
+    opened, exchange = fed.open_until("train")
+    fed.hold(opened, exchange, gone={"client-8": "train"})
+    assert fed.kept("client-0").stage == "masked"
+    trained = list(fed.trained)
+    if stage == "sign":
+        # The server has all that it needs to open this one, and hides that.
+        opened.proceed()
+        fed.journal._db.execute("UPDATE open_round SET sealed = NULL")
+    fed.restart_server()
+    # All but two of those who have answered, with one that has not: enough for a cohort.
+    record = fed.round(gone={"client-6": "advertise", "client-7": "advertise"})
+    assert record.clients == ()
+    assert fed.adapter == fed.start.tobytes()
+    assert "repeats them to no other" in fed.lost[0]
+    assert fed.trained == trained
+    assert {fed.kept(name).stage for name in fed.names[:6]} == {"advertised"}
+    # The next round has values of its own.
+    assert fed.round().clients == tuple(fed.names)
+
+
+def test_values_that_have_left_are_repeated_to_all_who_have_them(masked_federation):
+    fed = masked_federation(folder="killed")
+    whole = masked_federation(folder="whole")
+    whole.round()
+    for _ in range(2):
+        opened, exchange = fed.open_until("train")
+        fed.hold(opened, exchange, gone={"client-4": "train"})
+        fed.restart_server()
+        fed.restart_sites()
+    assert fed.round().clients == tuple(fed.names)
+    assert fed.adapter == whole.adapter
+    assert fed.lost == []
+
+
 @pytest.mark.parametrize("stage", ["sign", "reveal"])
 def test_after_the_answer_no_new_attempt_at_the_round(masked_federation, stage):
     fed = masked_federation()
@@ -410,7 +466,9 @@ def _first_exchange(fed: Any) -> Any:
     context = replace(fed.federation._context, round=fed.federation.round + 1)
     members = list(fed.federation.members)
     size = fed.small.attached.manifest.size
-    opened = MaskedRound(context, members, fed.config, size, 1, fed.authority, lambda _: None)
+    opened = MaskedRound(
+        context, members, fed.config, size, 1, fed.authority, lambda: None, lambda _: None
+    )
     return opened.begin(fed.federation.adapter)
 
 
@@ -1078,8 +1136,38 @@ def _poison(fed: Any) -> Callable[[str, str, bytes], bytes]:
 
 
 def test_values_beyond_all_bounds_are_found_in_the_sum(masked_federation):
-    fed = masked_federation()
-    with pytest.raises(UnmaskingFailed):
-        fed.round(tamper=_poison(fed))
-    assert fed.journal.records() == []
+    """The round comes to nothing, and the run goes on; not for ever, if it happens each time."""
+    fed = masked_federation("rounds.count=9")
+    record = fed.round(tamper=_poison(fed))
+    assert "not one that clients can give" in fed.lost[0]
+    assert (record.round, record.clients, record.train_loss) == (1, (), None)
     assert fed.adapter == fed.start.tobytes()
+    fed.restart_server()
+    assert fed.round().clients == tuple(fed.names)
+    after = fed.adapter
+    fed.round(tamper=_poison(fed))
+    fed.round(tamper=_poison(fed))
+    with pytest.raises(JobError, match="3 rounds in a row"):
+        fed.round(tamper=_poison(fed))
+    assert fed.adapter == after
+    assert [bool(record.clients) for record in fed.journal.records()] == [False, True, False, False]
+
+
+def test_a_dealer_of_wrong_shares_is_named(masked_federation):
+    """Each share is one, and opens; together they give back nothing that was committed to."""
+    fed = masked_federation()
+    honest = shamir.split
+
+    def dealt(secret: bytes, threshold: int, clients: int) -> list[bytes]:
+        return honest(bytes(len(secret)), threshold, clients)
+
+    def before(name: str, stage: str, _request: bytes) -> None:
+        lies = (name, stage) == (MALLORY, "share")
+        monkeypatch.setattr(shamir, "split", dealt if lies else honest)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        record = fed.round(before=before)
+    assert record.clients == ()
+    assert f"the secrets of {MALLORY}" in fed.lost[0]
+    assert fed.adapter == fed.start.tobytes()
+    assert fed.round().clients == tuple(fed.names)

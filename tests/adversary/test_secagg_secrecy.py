@@ -54,7 +54,7 @@ def test_states_keys_and_messages_print_without_secrets(finished):
 )
 def test_the_search_finds_a_secret_in_every_spelling(finished, spell):
     federation, _ = finished
-    state = federation.state["c01"]
+    state = federation.secretive("c01")
     for secret in (state.self_mask, state.masking.private_key, state.shares[3][33:]):
         with pytest.raises(AssertionError):
             federation.assert_no_secret_in(f"a log line with {spell(secret)} in it")

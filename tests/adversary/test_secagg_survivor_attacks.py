@@ -347,7 +347,7 @@ def test_every_client_reveals_one_kind_of_share_of_each_client():
         federation.sign(name, survivors)
     unmasking = federation.unmasking(survivors)
     for name in federation.names[:6]:
-        state = federation.state[name]
+        state = federation.secretive(name)
         reveal = federation.reveal(name, unmasking)
         assert reveal.self_masks == tuple(pair[33:] for pair in state.shares[:6])
         assert reveal.masking_keys == (state.shares[6][:33],)

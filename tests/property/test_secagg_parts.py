@@ -330,7 +330,7 @@ def test_a_masked_vector_is_that_of_the_simple_implementation(size, bits, data):
     federation.until("begin", "share", "accept", "mask")
     place = data.draw(st.integers(0, clients - 1))
     name = federation.names[place]
-    state = federation.state[name]
+    state = federation.secretive(name)
     fields = [
         {"client": a.client.encode(), **{key: getattr(a, key) for key in ADVERT}}
         for a in federation.cohort

@@ -13,7 +13,7 @@ from rich.console import Console
 from fedtune.report.html import render_html
 from fedtune.report.tables import print_summary
 
-UNIT = "all data of one client, added or removed, at delta 1e-05"
+UNIT = "all data of one client, against none, at delta 1e-05"
 
 
 def test_the_epsilon_stands_with_its_unit(tmp_path: Path):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config import OPEN_POLICY, Policy
-from fedtune.errors import FedtuneError
+from fedtune.errors import FedtuneError, RoundLost
 from fedtune.records import RoundRecord
 from fedtune.round.client import ClientMachine
 from fedtune.round.federation import Federation
@@ -84,6 +84,7 @@ class MaskedFederation:
         self._with_membership = membership
         self._sites_path = folder / sites
         self.trained: list[tuple[int, str]] = []
+        self.lost: list[str] = []
         self.replies: dict[tuple[str, str], bytes] = {}
         self.restart_sites()
         start = np.random.default_rng(0).normal(size=small.attached.manifest.size) / 4
@@ -222,11 +223,15 @@ class MaskedFederation:
         before: Before | None = None,
         tamper: Tamper | None = None,
     ) -> RoundRecord:
-        """What is left of a round, and its commit."""
-        while exchange is not None:
-            self.hold(opened, exchange, gone, before, tamper)
-            exchange = opened.proceed()
-        self.federation.close_round(opened)
+        """What is left of a round, and its commit; a round that is lost comes to nothing."""
+        try:
+            while exchange is not None:
+                self.hold(opened, exchange, gone, before, tamper)
+                exchange = opened.proceed()
+            self.federation.close_round(opened)
+        except RoundLost as error:
+            self.lost.append(str(error))
+            self.federation.give_up(str(error))
         return self.federation.commit(opened, None, 0, 0.0)
 
     def round(

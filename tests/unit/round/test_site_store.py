@@ -121,6 +121,52 @@ def test_a_session_that_is_over_cannot_go_on(store):
     assert store.ledger("a", "run").releases == ()
 
 
+def test_a_secret_is_gone_from_the_disk_when_it_has_done_its_work(masked_federation, tmp_path):
+    """Keys and self-masks when the values are masked, others' shares when they are revealed."""
+    fed = masked_federation()
+
+    def on_disk(secret: bytes) -> bool:
+        files = [path for path in tmp_path.iterdir() if path.name.startswith("sites.db")]
+        return any(secret.hex().encode() in path.read_bytes() for path in files)
+
+    own: list[bytes] = []
+    shares: list[bytes] = []
+    opened, exchange = fed.federation.open_round()
+    while exchange is not None:
+        fed.hold(opened, exchange)
+        states = [fed.kept(name).session for name in fed.names]
+        if exchange.stage == "share":
+            for state in states:
+                own += [state.sealing.private_key, state.masking.private_key, state.self_mask]
+                own += [state.own_shares]
+            assert all(map(on_disk, own))
+        if exchange.stage == "train":
+            shares += [share for state in states for share in state.shares]
+            assert all(map(on_disk, shares))
+            fed.sites._opened()._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            assert not any(map(on_disk, own[:3]))
+        exchange = opened.proceed()
+    # The server was given one half of each share; the other halves were for nobody.
+    assert not any(map(on_disk, [*own, *shares]))
+    assert all(state.sealing.private_key == state.self_mask == b"" for state in states)
+
+
+def test_a_store_is_for_its_owner_alone(tmp_path):
+    path = tmp_path / "site.db"
+    path.touch(mode=0o644)
+    SiteStore(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_federation_has_one_run_at_a_site(store):
+    store.join("a", "one", "federation")
+    store.join("a", "one", "federation")
+    with pytest.raises(ProtocolViolation, match="run one of this federation"):
+        store.join("a", "other", "federation")
+    store.join("a", "other", "another federation")
+    store.join("b", "other", "federation")
+
+
 @pytest.mark.parametrize("release", [RELEASE, RecordRelease(1, 0.5, 1.0, 3)])
 def test_a_sites_budget_is_for_all_its_runs(store, release):
     """A server that starts another run starts another account of its own, not of the site's."""
@@ -492,7 +538,10 @@ def test_two_processes_cannot_both_take_what_is_left_of_a_budget(masked_federati
         site.store.charge("client-0", "run", charge)
         taken += 1
     assert taken > 1
-    again = masked_federation("privacy.epsilon=25", base=RECORD_UNIT, sizes=(7,), run_id="new")
+    again = masked_federation(
+        "privacy.epsilon=25", "seed=1", base=RECORD_UNIT, sizes=(7,), run_id="new"
+    )
+    local = again.machines["client-0"]._local
     rivals = [fed.sites._path, again.sites._path]
     assert rivals[0] == rivals[1]
     one = replace(site, store=SiteStore(rivals[0]))

@@ -19,6 +19,7 @@ from fedtune.round.terms import (
     record_release,
 )
 from fedtune.secagg.ring import Ring
+from fedtune.update.quantize import Quantizer
 
 CLIENT = (
     "update.clip=0.5",
@@ -31,6 +32,10 @@ SIZE = 40
 
 def _config(*overrides: str) -> Config:
     return parse_config("", "test", overrides)
+
+
+def _quantizer(config: Config, size: int, clients: int) -> Quantizer:
+    return make_quantizer(config, size, clients, make_terms(config, clients))
 
 
 def _client(*overrides: str, bits: int = 12, noise: float | None = 1.0) -> Config:
@@ -53,39 +58,52 @@ def test_the_noise_is_the_multiplier_times_the_clip(bits, noise):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "clients", "fewest"),
+    ("overrides", "clients", "fewest", "colluders"),
     [
-        ((), 3, 3),
-        ((), 4, 3),
-        ((), 6, 5),
-        ((), 8, 6),
-        ((), 9, 7),
-        ((), 30, 21),
-        (("rounds.min-clients=5",), 6, 5),
-        (("rounds.min-clients=6",), 6, 6),
-        (("rounds.min-clients=7",), 8, 7),
-        (("secagg.threshold=0.9",), 10, 10),
-        (("secagg.threshold=0.5", "secagg.colluding=0.0"), 10, 6),
+        ((), 4, 3, 1),
+        ((), 6, 5, 2),
+        ((), 8, 6, 2),
+        ((), 9, 7, 3),
+        ((), 30, 21, 8),
+        (("rounds.min-clients=5",), 6, 5, 2),
+        (("rounds.min-clients=6",), 6, 6, 2),
+        (("rounds.min-clients=7",), 8, 7, 2),
+        (("secagg.threshold=0.9",), 10, 10, 3),
+        (("secagg.threshold=0.5", "secagg.colluding=0.0"), 10, 6, 0),
     ],
 )
-def test_each_client_adds_the_share_of_the_fewest_that_may_be_left(overrides, clients, fewest):
+def test_each_client_adds_the_share_of_the_fewest_honest_that_may_be_left(
+    overrides, clients, fewest, colluders
+):
     config = _client(*overrides)
-    assert make_terms(config).fewest_survivors(clients) == fewest
-    quantizer = make_quantizer(config, SIZE, clients)
-    share = quantizer.noise.variance
-    assert share * fewest == pytest.approx(noise_variance(config, SIZE), rel=1e-12)
+    terms = make_terms(config, clients)
+    assert terms.fewest_survivors(clients) == fewest
+    share = _quantizer(config, SIZE, clients).noise.variance
+    assert share * (fewest - colluders) == pytest.approx(noise_variance(config, SIZE), rel=1e-12)
+
+
+def test_colluders_are_counted_on_the_roster_however_few_are_invited():
+    """Whoever chooses the cohort may choose all of them into it."""
+    config = _client("secagg.colluding=0.04")
+    terms = make_terms(config, 100)
+    assert [terms.colluders_of(cohort) for cohort in (10, 50, 100)] == [4, 4, 4]
+    with pytest.raises(ConfigError, match=r"7 of 10 clients do not withstand 4"):
+        terms.check(10)
+    terms.check(13)
+    make_terms(config, 10).check(10)
 
 
 @pytest.mark.parametrize("clients", [4, 6, 9])
-def test_the_noise_of_the_fewest_survivors_is_as_large_as_promised(clients):
+def test_the_noise_of_the_fewest_honest_survivors_is_as_large_as_promised(clients):
     """Measured in the sums of real encodings of nothing, from the system's own random numbers."""
     size = 24_000
     config = _client()
-    quantizer = make_quantizer(config, size, clients)
-    fewest = make_terms(config).fewest_survivors(clients)
+    quantizer, terms = _quantizer(config, size, clients), make_terms(config, clients)
+    # Colluders count as survivors, and may leave their noise out.
+    honest = terms.fewest_survivors(clients) - math.ceil(clients / 4)
     rng = np.random.default_rng(1)
     nothing = np.zeros(size, np.float32)
-    total = sum(quantizer.encode(nothing, 1, 0.0, rng)[:size] for _ in range(fewest))
+    total = sum(quantizer.encode(nothing, 1, 0.0, rng)[:size] for _ in range(honest))
     measured = float(np.mean(np.square(total.astype(np.float64))))
     target = (2**11 - 1) ** 2
     # The mean of n squares of nearly normal values has a relative deviation of √(2/n), here
@@ -97,7 +115,7 @@ def test_the_noise_of_the_fewest_survivors_is_as_large_as_promised(clients):
 
 def test_noise_of_two_clients_and_of_two_rounds_has_nothing_in_common():
     size = 4000
-    quantizer = make_quantizer(_client(), size, 4)
+    quantizer = _quantizer(_client(), size, 4)
     nothing = np.zeros(size, np.float32)
     one, other = (
         quantizer.encode(nothing, 1, 0.0, np.random.default_rng(7)).astype(np.float64)
@@ -117,18 +135,18 @@ def test_only_unit_client_has_noise_in_the_update():
             "privacy.noise-multiplier=1.0",
         ),
     ):
-        assert make_quantizer(_config(*overrides), SIZE, 6).noise is None
+        assert _quantizer(_config(*overrides), SIZE, 6).noise is None
 
 
 def test_metrics_are_only_counted_without_privacy():
     common = ("update.clip=0.5", "update.bits=12")
     uniform = (*common, "aggregate.weighting=uniform")
     record = ("privacy.unit=record", "privacy.noise-multiplier=1.0")
-    assert make_quantizer(_config(*common), SIZE, 6).slots == SIZE + 5 + 5 + 6
-    assert make_quantizer(_config(*uniform), SIZE, 6).slots == SIZE + 5 + 6
-    assert make_quantizer(_config(*common, *record), SIZE, 6).slots == SIZE + 5
-    assert make_quantizer(_config(*uniform, *record), SIZE, 6).slots == SIZE
-    assert make_quantizer(_client(), SIZE, 6).slots == SIZE
+    assert _quantizer(_config(*common), SIZE, 6).slots == SIZE + 5 + 5 + 6
+    assert _quantizer(_config(*uniform), SIZE, 6).slots == SIZE + 5 + 6
+    assert _quantizer(_config(*common, *record), SIZE, 6).slots == SIZE + 5
+    assert _quantizer(_config(*uniform, *record), SIZE, 6).slots == SIZE
+    assert _quantizer(_client(), SIZE, 6).slots == SIZE
 
 
 # -------------------------------------------------------------------------------------- its cost
@@ -204,7 +222,7 @@ def _largest_sum(ring: Ring, values: np.ndarray, clients: int) -> np.ndarray:
 def test_no_sum_of_clients_at_the_bound_wraps(bits, sign):
     config = _config(*PLAIN, f"update.bits={bits}")
     for clients in (*range(3, 19), 31, 32, 33, 127, 128, 129):
-        quantizer = make_quantizer(config, SIZE, clients)
+        quantizer = _quantizer(config, SIZE, clients)
         ring = make_ring(quantizer, clients)
         values = np.full(quantizer.slots, sign * quantizer.bound, np.int64)
         if sign > 0:
@@ -222,7 +240,7 @@ def test_no_sum_of_clients_at_the_bound_wraps(bits, sign):
 def test_the_ring_is_no_wider_than_it_must_be(bits):
     config = _config(*PLAIN, f"update.bits={bits}")
     for clients in (3, 4, 5, 8, 9, 16, 17):
-        quantizer = make_quantizer(config, SIZE, clients)
+        quantizer = _quantizer(config, SIZE, clients)
         ring = make_ring(quantizer, clients)
         values = np.full(1, quantizer.bound, np.int64)
         narrow = Ring(max(8, ring.bits - 1))
@@ -233,7 +251,7 @@ def test_the_ring_is_no_wider_than_it_must_be(bits):
 def test_the_ring_holds_the_noise_too():
     config = _client(noise=20.0)
     for clients in (4, 6, 12):
-        quantizer = make_quantizer(config, SIZE, clients)
+        quantizer = _quantizer(config, SIZE, clients)
         ring = make_ring(quantizer, clients)
         deviation = math.sqrt(quantizer.noise.variance * clients)
         # 9 standard deviations of a normal value have p = 2⁻⁶², and more is promised.
@@ -249,26 +267,26 @@ def test_the_ring_holds_the_noise_too():
 
 def test_without_clip_and_bits_there_is_no_quantizer():
     with pytest.raises(ValueError, match="unset"):
-        make_quantizer(_config(), SIZE, 6)
+        _quantizer(_config(), SIZE, 6)
 
 
 def test_bits_that_cannot_hold_an_adapter_are_refused():
     """Rounding may take half of the norm, 255 at 9 bits: size + 2 √size <= 1 + 4·255² - 256²."""
     config = _config(*PLAIN, "update.bits=9")
     most = math.floor((math.sqrt(1 + 1 + 4 * 255**2 - 256**2) - 1) ** 2)
-    make_quantizer(config, most, 6)
+    _quantizer(config, most, 6)
     for size in (most + 1, 10**6):
         with pytest.raises(ConfigError, match="9 bits cannot hold"):
-            make_quantizer(config, size, 6)
+            _quantizer(config, size, 6)
 
 
 def test_both_sides_derive_the_same():
     config = _client(*("rounds.min-clients=4",))
     again = _client(*("rounds.min-clients=4",))
-    assert make_terms(config) == make_terms(again)
-    assert make_terms(config).minimum == 4
-    assert make_terms(_client()).minimum == 3
-    one, other = (make_quantizer(c, SIZE, 7) for c in (config, again))
+    assert make_terms(config, 7) == make_terms(again, 7)
+    assert make_terms(config, 7).minimum == 4
+    assert make_terms(_client(), 6).minimum == 3
+    one, other = (_quantizer(c, SIZE, 7) for c in (config, again))
     assert (one.slots, one.bound, one.scale, one.noise) == (
         other.slots,
         other.bound,
