@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
 from hmac import compare_digest
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from fedtune.errors import ContextMismatch, PolicyRefusal, ProtocolViolation
 from fedtune.round.local import LocalUpdate, LocalWork
 from fedtune.round.membership import Membership
-from fedtune.round.site import SavedSession
+from fedtune.round.site import Answer, SavedSession
 from fedtune.round.terms import make_quantizer, make_ring, make_terms
 from fedtune.secagg.client import ClientSession
 from fedtune.secagg.keys import SERVER
@@ -33,9 +34,23 @@ class MaskedClient:
 
     def converse(self, payload: bytes) -> bytes:
         """Answer an invitation, a cohort, a survivor set or a request to unmask."""
-        envelope = read_envelope(payload, codec.cohort_limit(self._clients))
+        return self._once(payload, codec.cohort_limit(self._clients), self._converse)
+
+    def train(self, payload: bytes) -> bytes:
+        """Answer a request to train with masked values."""
+        limit = self._local.adapter_bytes + codec.list_limit(self._clients)
+        return self._once(payload, limit, self._train)
+
+    def _once(self, payload: bytes, limit: int, step: Callable[[Envelope, bytes], bytes]) -> bytes:
+        """The same bytes for the same request; a step makes them durable before they are sent."""
+        envelope = read_envelope(payload, limit)
+        request = sha256(payload).digest()
+        given = self._site.store.answered(self._local.name, request)
+        return step(envelope, request) if given is None else given
+
+    def _converse(self, envelope: Envelope, request: bytes) -> bytes:
         if envelope.kind is Kind.INVITE:
-            return self._advertise(envelope)
+            return self._advertise(envelope, request)
         steps = {
             Kind.COHORT: self._share,
             Kind.SURVIVORS: self._sign,
@@ -43,13 +58,10 @@ class MaskedClient:
         }
         saved = self._site.store.find(self._local.name, envelope.session)
         body = self._open(envelope, *steps)
-        return steps[envelope.kind](saved, body)
+        return steps[envelope.kind](saved, body, request)
 
-    def train(self, payload: bytes) -> bytes:
-        """Answer a request to train with masked values."""
+    def _train(self, envelope: Envelope, request: bytes) -> bytes:
         local, site = self._local, self._site
-        limit = local.adapter_bytes + codec.list_limit(self._clients)
-        envelope = read_envelope(payload, limit)
         saved = site.store.find(local.name, envelope.session)
         body = self._open(envelope, Kind.TRAIN_REQUEST)
         adapter, delivery = codec.decode_train_request(body, local.adapter_bytes, self._clients)
@@ -61,10 +73,10 @@ class MaskedClient:
         quantizer = make_quantizer(local.config, local.manifest.size, cohort, self._terms)
         values, seconds = self._work(quantizer, local.read_adapter(adapter), saved.round)
         ring = make_ring(quantizer, cohort)
-        masked, answer = accepted.mask(values, ring, site.identity, self._terms)
-        # From the stored state: whoever sends the request twice gets one answer.
-        site.store.advance(saved.state, masked, charge)
-        return self._seal(Kind.UPDATE, masked, codec.encode_update(answer, seconds))
+        masked, update = accepted.mask(values, ring, site.identity, self._terms)
+        answer = self._seal(Kind.UPDATE, masked, codec.encode_update(update, seconds))
+        site.store.advance(saved.state, masked, Answer(request, answer), charge)
+        return answer
 
     def _work(
         self, quantizer: Quantizer, adapter: Float32Vector, round_number: int
@@ -84,7 +96,7 @@ class MaskedClient:
 
         return local.train_and(encode, adapter, round_number, policy.report_failures)
 
-    def _advertise(self, envelope: Envelope) -> bytes:
+    def _advertise(self, envelope: Envelope, request: bytes) -> bytes:
         session = codec.decode_invite(envelope.body)
         context = session.context
         expected = self._local.context(context.run_id, context.round)
@@ -96,10 +108,11 @@ class MaskedClient:
         envelope.open(self._site.roster, SERVER, session.digest, (Kind.INVITE,))
         state, advert = ClientSession.begin(self._site.identity, session)
         self._site.join(context.run_id, self._local)
-        self._site.store.begin(self._local.name, session, state)
-        return self._seal(Kind.ADVERT, state, codec.encode_advert(advert))
+        answer = self._seal(Kind.ADVERT, state, codec.encode_advert(advert))
+        self._site.store.begin(self._local.name, session, state, Answer(request, answer))
+        return answer
 
-    def _share(self, saved: SavedSession, body: bytes) -> bytes:
+    def _share(self, saved: SavedSession, body: bytes, request: bytes) -> bytes:
         adverts = codec.decode_cohort(body, self._clients)
         site, names = self._site, tuple(advert.client for advert in adverts)
         if saved.repeats and names != saved.repeats:
@@ -116,23 +129,26 @@ class MaskedClient:
                 f"{len(adverts)} may end in a sum of {fewest}"
             )
         shared, shares = saved.state.share(adverts, site.roster, self._terms)
-        site.store.advance(saved.state, shared)
-        return self._seal(Kind.SEALED_SHARES, shared, codec.encode_sealed_shares(shares))
+        answer = self._seal(Kind.SEALED_SHARES, shared, codec.encode_sealed_shares(shares))
+        site.store.advance(saved.state, shared, Answer(request, answer))
+        return answer
 
-    def _sign(self, saved: SavedSession, body: bytes) -> bytes:
+    def _sign(self, saved: SavedSession, body: bytes, request: bytes) -> bytes:
         survivors = codec.decode_survivors(body, self._clients)
         site = self._site
         signed, signature = saved.state.sign(survivors, site.identity, site.roster, self._terms)
+        answer = self._seal(Kind.SIGNATURE, signed, codec.encode_signature(signature))
         if signed is not saved.state:
-            site.store.advance(saved.state, signed)
-        return self._seal(Kind.SIGNATURE, signed, codec.encode_signature(signature))
+            site.store.advance(saved.state, signed, Answer(request, answer))
+        return answer
 
-    def _reveal(self, saved: SavedSession, body: bytes) -> bytes:
+    def _reveal(self, saved: SavedSession, body: bytes, request: bytes) -> bytes:
         unmasking = codec.decode_unmasking(body, self._clients)
         revealed, reveal = saved.state.reveal(unmasking, self._site.roster, self._terms)
+        answer = self._seal(Kind.REVEAL, revealed, codec.encode_reveal(reveal))
         if revealed is not saved.state:
-            self._site.store.advance(saved.state, revealed)
-        return self._seal(Kind.REVEAL, revealed, codec.encode_reveal(reveal))
+            self._site.store.advance(saved.state, revealed, Answer(request, answer))
+        return answer
 
     def _open(self, envelope: Envelope, *kinds: Kind) -> bytes:
         return envelope.open(self._site.roster, SERVER, envelope.session, kinds)

@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,8 @@ CREATE TABLE IF NOT EXISTS sessions (
     stage TEXT NOT NULL,
     state BLOB NOT NULL,          -- secret: keys and shares of this one session
     repeats TEXT NOT NULL,        -- JSON: cohort that has this round's values already
+    request BLOB NOT NULL,        -- SHA-256 of what was answered last
+    answer BLOB NOT NULL,         -- and the answer
     PRIMARY KEY (client, run_id)  -- only the last one is kept
 ) STRICT;
 CREATE TABLE IF NOT EXISTS runs (
@@ -76,6 +78,14 @@ class Charge:
                     f"round {self.release.round} would bring epsilon to {spent:.3f} at delta "
                     f"{self.delta:g}, above {whose} of {budget:g}"
                 )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is going to be sent, and the SHA-256 of the request that it answers."""
+
+    request: bytes
+    payload: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,7 @@ class SiteStore:
                 "the site agrees to by installing it"
             )
 
-    def begin(self, client: str, session: Session, state: ClientSession) -> None:
+    def begin(self, client: str, session: Session, state: ClientSession, answer: Answer) -> None:
         """Take part in a session.
 
         Raises `ProtocolViolation` for a round before the last one, a round whose sum may be
@@ -168,7 +178,7 @@ class SiteStore:
                     if stage == Stage.MASKED:
                         repeats = [advert.client for advert in load(earlier).adverts]
             db.execute(
-                "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     client,
                     context.run_id,
@@ -179,6 +189,8 @@ class SiteStore:
                     state.stage,
                     dump(state),
                     json.dumps(repeats),
+                    answer.request,
+                    answer.payload,
                 ),
             )
 
@@ -194,18 +206,41 @@ class SiteStore:
         run_id, number, adapter_digest, state, repeats = row
         return SavedSession(run_id, number, adapter_digest, load(state), tuple(json.loads(repeats)))
 
+    def answered(self, client: str, request: bytes) -> bytes | None:
+        """The answer that was given, or should have been, to the last request of a session.
+
+        `request` is its SHA-256. An answer can get lost with the connection or with the process;
+        the same bytes once more tell nothing new.
+        """
+        row = self._db.execute(
+            "SELECT answer FROM sessions WHERE client = ? AND request = ?", (client, request)
+        ).fetchone()
+        return None if row is None else bytes(row[0])
+
     def advance(
-        self, before: ClientSession, after: ClientSession, charge: Charge | None = None
+        self,
+        before: ClientSession,
+        after: ClientSession,
+        answer: Answer,
+        charge: Charge | None = None,
     ) -> None:
-        """Replace a session's state, and enter what the next answer releases, at once.
+        """Replace a session's state, and enter what its answer releases, at once.
 
         Raises `ProtocolViolation` if the session has gone on meanwhile, and `BudgetExceeded`.
         """
         with self._transaction() as db:
             changed = db.execute(
-                "UPDATE sessions SET stage = ?, state = ? "
+                "UPDATE sessions SET stage = ?, state = ?, request = ?, answer = ? "
                 "WHERE client = ? AND session = ? AND stage = ?",
-                (after.stage, dump(after), before.name, before.session, before.stage),
+                (
+                    after.stage,
+                    dump(after),
+                    answer.request,
+                    answer.payload,
+                    before.name,
+                    before.session,
+                    before.stage,
+                ),
             )
             if changed.rowcount != 1:
                 raise ProtocolViolation("this client has answered already")
