@@ -172,16 +172,115 @@ def report(
     raise typer.Exit(commands.report(run, as_json))
 
 
-@app.command(epilog="Examples:  fedtune init > federation.toml")
+@app.command(
+    epilog="Examples:  fedtune init > federation.toml  |  fedtune init my-federation  |  "
+    "fedtune init my-federation --example 4"
+)
 def init(
+    folder: Annotated[
+        Path | None, typer.Argument(help="The folder of a federation to make.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="The preset to start from.")] = "hospitals",
+    example: Annotated[
+        int | None,
+        typer.Option(help="With so many sites, their data and keys: a rehearsal on this machine."),
+    ] = None,
+    port: Annotated[int, typer.Option(help="The port of a rehearsal's server.")] = 9092,
     debug: DebugFlag = False,
 ) -> None:
-    """Print a preset as a configuration file to edit."""
+    """Make the files of a federation, or print a preset as a configuration file to edit."""
     from fedtune.config import PRESETS, load_preset
 
-    load_preset(preset)
-    typer.echo((PRESETS / f"{preset}.toml").read_text(), nl=False)
+    if folder is None:
+        load_preset(preset)
+        typer.echo((PRESETS / f"{preset}.toml").read_text(), nl=False)
+        return
+    from fedtune.deploy import init as making
+
+    if example is None:
+        making.init_folder(folder, preset)
+        typer.echo(f"{folder}: edit federation.toml, then go by README.md")
+        return
+    making.init_rehearsal(folder, preset, example, port)
+    typer.echo(
+        f"{folder}: start fedtune server {folder}/federation.toml, and for each folder in "
+        f"{folder}/sites fedtune client FOLDER/client.toml"
+    )
+
+
+@app.command(epilog="Examples:  fedtune server my-federation/federation.toml")
+def server(
+    federation: Annotated[Path, typer.Argument(help="federation.toml, server.toml beside it.")],
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Run a federation with clients on other machines, or go on with it."""
+    from fedtune.deploy import commands
+
+    raise typer.Exit(commands.server(federation, as_json))
+
+
+@app.command(epilog="Examples:  fedtune client client.toml  |  fedtune client client.toml --once")
+def client(
+    file: Annotated[Path, typer.Argument(help="The site's client.toml.")],
+    once: Annotated[bool, typer.Option("--once", help="End when the run is over.")] = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Take part in a federation as one site, until stopped."""
+    from fedtune.deploy import commands
+
+    raise typer.Exit(commands.client(file, once))
+
+
+keys = typer.Typer(help="Make keys, certificates and the roster.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+
+@keys.command(
+    "server", epilog="Examples:  fedtune keys server server-keys --host fedtune.example.org"
+)
+def keys_server(
+    folder: Annotated[Path, typer.Argument(help="A new folder, on the server.")],
+    host: Annotated[
+        list[str], typer.Option(help="Name or address by which sites reach the server.")
+    ],
+    debug: DebugFlag = False,
+) -> None:
+    """An authority, a certificate for the server, and its identity."""
+    from fedtune.deploy.keys import make_server_keys
+
+    make_server_keys(folder, host)
+    typer.echo(f"{folder}/ca.crt is for the sites; everything else stays here")
+
+
+@keys.command("site", epilog="Examples:  fedtune keys site keys --name clinic-1")
+def keys_site(
+    folder: Annotated[Path, typer.Argument(help="A new folder, at the site.")],
+    name: Annotated[str, typer.Option(help="The site's name.")],
+    debug: DebugFlag = False,
+) -> None:
+    """A site's identity and transport key."""
+    from fedtune.deploy.keys import make_site_keys
+
+    typer.echo(f"{make_site_keys(folder, name)} is for the operator; everything else stays here")
+
+
+@keys.command("roster", epilog="Examples:  fedtune keys roster my-federation clinic-*.toml")
+def keys_roster(
+    folder: Annotated[Path, typer.Argument(help="The federation's folder.")],
+    sites: Annotated[list[Path], typer.Argument(help="The sites' public.toml files.")],
+    debug: DebugFlag = False,
+) -> None:
+    """The roster of a federation, from the public files of its sites."""
+    from fedtune.config import load_server
+    from fedtune.deploy.keys import make_roster
+
+    listen = load_server(folder / "server.toml").server
+    members = make_roster(folder / listen.roster, folder / listen.keys, sites)
+    typer.echo(
+        f"{folder / listen.roster}: {members.roster.clients} sites, digest "
+        f"{members.roster.digest.hex()}; tell it to the sites on another way than the file"
+    )
 
 
 privacy = typer.Typer(

@@ -376,10 +376,80 @@ OPEN_POLICY = Policy(
 )
 
 
+class Site(_Table):
+    """Who this site is, and where its files lie; paths are relative to the file itself."""
+
+    name: str = Field(default="", max_length=256)
+    """The site's name in the roster."""
+    server: str = ""
+    """Host and port of the server, as in `fedtune.example.org:9092`."""
+    federation: str = "federation.toml"
+    """The federation's configuration. The site agrees to it by having it here."""
+    roster: str = "roster.toml"
+    """Public keys of all parties. It must not come through the server."""
+    certificate: str = "ca.crt"
+    """The certificate of the authority that vouches for the server."""
+    keys: str = "keys"
+    """Folder of this site's private keys, made by `fedtune keys site`."""
+    memory: str = "site.db"
+    """What the site remembers: its part in each round, and the privacy it has spent."""
+
+
+class SiteData(_Table):
+    """The site's own data."""
+
+    train: str = "train.csv"
+    """Rows to train on: CSV, JSON lines or Parquet."""
+    test: str | None = None
+    """Rows to evaluate on, if the policy lets scores leave; unset: none."""
+
+
+class Machine(_Table):
+    """What differs from machine to machine and not from federation to federation."""
+
+    base: str | None = None
+    """Where the base model lies here; unset: as in the federation's configuration."""
+    device: str = "auto"
+    """As `train.device`."""
+    threads: int = Field(default=1, ge=1, le=1024)
+    """As `train.threads`."""
+
+
 class ClientConfig(_Table):
     """One site, as in its client.toml."""
 
+    site: Site = Site()
+    data: SiteData = SiteData()
+    machine: Machine = Machine()
     policy: Policy = Policy()
+
+
+class Listen(_Table):
+    """Where the server listens, and where its files lie, relative to the file itself."""
+
+    host: str = "0.0.0.0"  # noqa: S104  # a server is there to be reached
+    """Address to listen at."""
+    port: int = Field(default=9092, ge=0, le=65535)
+    """Port to listen at; 0: a free one."""
+    keys: str = "server-keys"
+    """Folder of the server's private keys, made by `fedtune keys server`."""
+    roster: str = "roster.toml"
+    """Public keys of all parties, made by `fedtune keys roster`."""
+    run: str = "run"
+    """Folder of the run."""
+    test: str | None = None
+    """Rows on which the server evaluates the global adapter; unset: none."""
+    base: str | None = None
+    """Where the base model lies here; unset: as in the federation's configuration."""
+    patience: Positive = 60.0
+    """Seconds that the first round waits for clients that are not connected yet, once there are
+    enough of them."""
+
+
+class ServerConfig(_Table):
+    """The server's own file, `server.toml`, beside the federation's."""
+
+    server: Listen = Listen()
 
 
 def preset_names() -> list[str]:
@@ -407,15 +477,29 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(text, str(path), overrides)
 
 
+def load_client(path: Path) -> ClientConfig:
+    """A site's file; raises `ConfigError`."""
+    return _validate(ClientConfig, read_toml(path), str(path))
+
+
+def load_server(path: Path) -> ServerConfig:
+    """The server's own file; raises `ConfigError`."""
+    return _validate(ServerConfig, read_toml(path), str(path))
+
+
 def load_policy(path: Path) -> Policy:
     """The `[policy]` of a site's file; raises `ConfigError`."""
+    return load_client(path).policy
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says; raises `ConfigError`."""
     try:
-        value = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    return _validate(ClientConfig, value, str(path)).policy
 
 
 def parse_config(

@@ -7,6 +7,7 @@
     │   ├── ConfigError       a key, a value or a flag
     │   ├── DataError         a data file, a column, a partition
     │   ├── BaseModelError    a base model folder
+    │   ├── KeyFileError      a key file, certificate or roster
     │   └── RunFolderError    a run folder that exists, is missing, or is in use
     ├── WireError             bytes that are not a message of this federation
     │   ├── MalformedMessage  not the wire format, or larger than the limit
@@ -14,6 +15,9 @@
     │   ├── ProtocolViolation well formed and genuine, but not to be accepted at this point
     │   └── ContextMismatch   well formed, but of another run, round, base model, manifest or config
     │       └── LateMessage   of an earlier round of the same run
+    ├── NetworkError          a server and a client that do not come together
+    │   ├── ServerUnreachable nobody answers, or not now; trying again may help
+    │   └── ServerRefused     one side does not accept the other; trying again does not help
     ├── PolicyRefusal         the site's own policy forbids what the server asks for
     └── JobError              the job itself failed: exit code 1
         ├── TrainingError     local training went wrong at one client (not finite, a crash)
@@ -49,6 +53,10 @@ class BaseModelError(UsageError):
     """A base model folder is missing, broken or not of a supported kind."""
 
 
+class KeyFileError(UsageError):
+    """A key file, a certificate or a roster is missing, broken, or readable by others."""
+
+
 class RunFolderError(UsageError):
     """A run folder exists already, is missing, is not a run, or is in use."""
 
@@ -75,6 +83,18 @@ class ContextMismatch(WireError):
 
 class LateMessage(ContextMismatch):
     """A message of an earlier round of the same run; ignoring it is enough."""
+
+
+class NetworkError(FedtuneError):
+    """A server and a client do not come together."""
+
+
+class ServerUnreachable(NetworkError):
+    """Nobody answers, or not now; trying again may help."""
+
+
+class ServerRefused(NetworkError):
+    """One side does not accept the other; trying again does not help."""
 
 
 class PolicyRefusal(FedtuneError):

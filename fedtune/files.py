@@ -31,6 +31,15 @@ def write_atomic(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def write_private(path: Path, data: bytes) -> None:
+    """Make the file `path`, for its owner alone from the first byte; `OSError` if it exists."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, obj: object) -> None:
     """Put `obj` at `path` as indented UTF-8 JSON, atomically.
 

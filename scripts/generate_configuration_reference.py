@@ -13,7 +13,7 @@ from typing import Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from fedtune.config import Config, Policy, preset_names
+from fedtune.config import ClientConfig, Config, ServerConfig, preset_names
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -34,10 +34,16 @@ This page is generated from `fedtune/config.py`.
 SITE = """\
 # A site's own file
 
-`client.toml` belongs to a site, not to the federation. Its policy is stronger than anything
-that a server asks for. `fedtune simulate --policy client.toml` rehearses it: every simulated site
-follows it. Without that flag simulated sites accept everything, since whoever simulates is server
-and sites in one.
+`client.toml` belongs to a site, not to the federation: `fedtune client client.toml`. Its policy is
+stronger than anything that a server asks for. `fedtune simulate --policy client.toml` rehearses
+the policy: every simulated site follows it. Without that flag simulated sites accept everything,
+since whoever simulates is server and sites in one.
+"""
+
+SERVER = """\
+# The server's own file
+
+`server.toml` lies beside `federation.toml`: `fedtune server federation.toml`.
 """
 
 
@@ -50,8 +56,11 @@ def reference() -> str:
         table: Any = field.annotation
         if _is_table(field):
             parts.append(_table(f"`[{name}]`", table.__doc__ or "", table.model_fields))
-    parts.append(SITE)
-    parts.append(_table("`[policy]`", Policy.__doc__ or "", Policy.model_fields))
+    for introduction, kind in ((SITE, ClientConfig), (SERVER, ServerConfig)):
+        parts.append(introduction)
+        for name, field in kind.model_fields.items():
+            part: Any = field.annotation
+            parts.append(_table(f"`[{name}]`", part.__doc__ or "", part.model_fields))
     return "\n".join(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 import fedtune.flower.internals  # isort: skip  # noqa: F401  # sets Flower's switches first
 from flwr.app import Context, Message
@@ -11,13 +12,24 @@ from flwr.clientapp import ClientApp
 
 from fedtune.errors import FedtuneError, WireError
 from fedtune.flower.envelope import CLIENT_FAILED, CLIENT_REFUSED, failure, reply, unwrap
-from fedtune.round.client import ClientMachine
 
 logger = logging.getLogger(__name__)
 
 
+class Machine(Protocol):
+    """What answers: a `ClientMachine`, here or in another process of the site."""
+
+    def hello(self, payload: bytes) -> bytes: ...
+
+    def converse(self, payload: bytes) -> bytes: ...
+
+    def train(self, payload: bytes) -> bytes: ...
+
+    def evaluate(self, payload: bytes) -> bytes: ...
+
+
 def make_client_app(
-    machine_of: Callable[[Context], ClientMachine], disclose_errors: bool = False
+    machine_of: Callable[[Context], Machine], disclose_errors: bool = False
 ) -> ClientApp:
     """A Flower client app; `machine_of` finds the client that a node's context stands for.
 
@@ -43,21 +55,21 @@ def make_client_app(
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        return answer(message, context, ClientMachine.hello)
+        return answer(message, context, lambda machine, payload: machine.hello(payload))
 
     @app.query("secagg")
     def converse(message: Message, context: Context) -> Message:
-        return answer(message, context, ClientMachine.converse)
+        return answer(message, context, lambda machine, payload: machine.converse(payload))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return answer(message, context, ClientMachine.train)
+        return answer(message, context, lambda machine, payload: machine.train(payload))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return answer(message, context, ClientMachine.evaluate)
+        return answer(message, context, lambda machine, payload: machine.evaluate(payload))
 
     return app
 
 
-Step = Callable[[ClientMachine, bytes], bytes]
+Step = Callable[[Machine, bytes], bytes]

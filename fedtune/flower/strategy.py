@@ -21,7 +21,9 @@ from fedtune.wire import codec
 from fedtune.wire.context import check_context
 
 JOIN_POLL_SECONDS = 0.5
+FAREWELL_SECONDS = 5.0
 TRAINING = "train"
+FAREWELL = f"{MessageType.QUERY}.over"  # the run is over; its payload says how it went
 CONVERSATION = f"{MessageType.QUERY}.secagg"  # messages of a round that ask for no training
 # Says who, as a rehearsal, is not there any more: round, stage, names of the cohort.
 Absences = Callable[[int, str, list[str]], Iterable[str]]
@@ -41,6 +43,9 @@ class Observer(Protocol):
 
     def client_refused(self, node: int, reason: str) -> None:
         """A node could not be taken in."""
+
+    def waiting(self, found: int, wanted: int) -> None:
+        """A round waits: `found` of `wanted` clients are there."""
 
 
 class FederatedFineTuning(Strategy):
@@ -63,11 +68,17 @@ class FederatedFineTuning(Strategy):
         self._observer = observer
         self._evaluate = evaluate
         self._nodes: dict[str, int] = {}
+        self._greeted: set[int] = set()
+        self._refused: dict[str, str] = {}
         self._open: ServerRound | None = None
 
-    def run(self, grid: Grid, clients: int) -> None:
-        """Wait for `clients` clients, then run all rounds that are left."""
-        self._join(grid, clients)
+    def run(self, grid: Grid, clients: int, patience: float | None = None) -> None:
+        """Run all rounds that are left with `clients` clients, which may come and go.
+
+        With `patience`, the first round waits so many seconds for all of them, each round for as
+        many as it takes, however long. Without, all must connect within `rounds.timeout`.
+        """
+        self._expected, self._patience = clients, patience
         self.start(
             grid,
             initial_arrays=_arrays(self._federation.adapter),
@@ -79,6 +90,7 @@ class FederatedFineTuning(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """All exchanges before training, then one request to train for each client."""
+        self._gather(grid)
         self._started = time.perf_counter()
         self._grid = grid
         self._bytes_down = 0
@@ -136,28 +148,60 @@ class FederatedFineTuning(Strategy):
     def summary(self) -> None:
         """Flower asks for a log of settings; the run folder has them."""
 
-    def _join(self, grid: Grid, clients: int) -> None:
-        """Ask every node who it is, until `clients` have said hello."""
-        deadline = time.monotonic() + self._federation.config.rounds.timeout
-        while len(nodes := list(grid.get_node_ids())) < clients:
-            if time.monotonic() > deadline:
-                raise TooFewClients(f"{len(nodes)} of {clients} clients have connected")
+    def _gather(self, grid: Grid) -> None:
+        """Take in who has come, let go of who has left, and wait until there are enough."""
+        begun = time.monotonic()
+        told = -1
+        while True:
+            online = set(grid.get_node_ids())
+            for name in [name for name, node in self._nodes.items() if node not in online]:
+                del self._nodes[name]
+                self._federation.dismiss(name)
+            if fresh := online - self._greeted:
+                self._greet(grid, sorted(fresh))
+            self._greeted &= online  # whoever comes back is greeted again
+            waited = time.monotonic() - begun
+            if self._enough(len(online), waited):
+                return
+            if len(self._nodes) != told:
+                told = len(self._nodes)
+                self._observer.waiting(told, self._expected)
             time.sleep(JOIN_POLL_SECONDS)
+
+    def _enough(self, online: int, waited: float) -> bool:
+        """Whether a round can begin; raises `TooFewClients` where nobody waits any longer."""
+        found = len(self._nodes)
+        if self._patience is not None:
+            first = self._federation.round == 0
+            patience = self._patience if first else 0.0
+            enough = found >= self._federation.fewest_to_begin(self._expected)
+            return found >= self._expected or (enough and waited > patience)
+        if online < self._expected and waited <= self._federation.config.rounds.timeout:
+            return False
+        if online < self._expected:
+            raise TooFewClients(f"{online} of {self._expected} clients have connected")
+        if not found:
+            raise TooFewClients(f"no client takes part ({reasons(self._refused)})")
+        return True
+
+    def _greet(self, grid: Grid, nodes: list[int]) -> None:
+        """Ask nodes who they are."""
         content = wrap(codec.encode_hello_request(self._federation.run_id))
-        messages = [Message(content, node, MessageType.QUERY) for node in sorted(nodes)]
-        timeout = self._federation.config.rounds.timeout
-        refused: dict[str, str] = {}
-        for message in grid.send_and_receive(messages, timeout=timeout):
+        messages = [Message(content, node, MessageType.QUERY) for node in nodes]
+        patience = self._federation.config.rounds.timeout
+        if self._patience is not None:
+            patience = min(patience, self._federation.config.secagg.stage_timeout)
+        self._refused = {}
+        for message in grid.send_and_receive(messages, timeout=patience):
             node = message.metadata.src_node_id
+            self._greeted.add(node)
             try:
                 if message.has_error():
                     raise WireError(message.error.reason)
                 self._nodes[self._federation.admit(unwrap(message)).name] = node
             except WireError as error:
-                refused[f"node {node}"] = str(error)
+                self._refused[f"node {node}"] = str(error)
                 self._observer.client_refused(node, str(error))
-        if not self._federation.members:
-            raise TooFewClients(f"no client takes part ({reasons(refused)})")
 
     def _finish(self, replies: Iterable[Message]) -> Float32Vector:
         opened = self._require_open()
@@ -246,6 +290,14 @@ class FederatedFineTuning(Strategy):
         if self._open is None:
             raise RuntimeError("no round is open")
         return self._open
+
+
+def farewell(grid: Grid, words: str) -> None:
+    """Tell all who are connected that the run is over."""
+    content = wrap(words.encode())
+    messages = [Message(content, node, FAREWELL) for node in sorted(grid.get_node_ids())]
+    for _ in grid.send_and_receive(messages, timeout=FAREWELL_SECONDS):
+        pass
 
 
 def _count(opened: ServerRound, client: str, message: Message) -> None:

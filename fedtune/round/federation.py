@@ -99,6 +99,18 @@ class Federation:
         self.members.append(member)
         return member
 
+    def dismiss(self, name: str) -> None:
+        """A client has left; it may be taken in again."""
+        self.members = [member for member in self.members if member.name != name]
+
+    def fewest_to_begin(self, clients: int) -> int:
+        """How many of `clients` it takes for a round that can end."""
+        wanted = min(clients, self.config.rounds.clients_per_round or clients)
+        if self._authority is None:
+            return max(1, minimum_clients(self.config.rounds.min_clients, wanted))
+        terms = make_terms(self.config, self._authority.roster.clients)
+        return next((n for n in range(1, wanted) if terms.protects(n)), wanted)
+
     def open_round(self) -> tuple[ServerRound, Exchange]:
         """The next round with its cohort drawn, and its first exchange.
 

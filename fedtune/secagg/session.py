@@ -89,6 +89,14 @@ class Terms:
         # Two honest updates at least: one alone would be the sum less what colluders know.
         return max(self.threshold_of(clients), self.minimum, self.colluders_of(clients) + 2)
 
+    def protects(self, clients: int) -> bool:
+        """Whether `check` accepts a cohort of `clients`."""
+        try:
+            self.check(clients)
+        except ConfigError:
+            return False
+        return True
+
     def check(self, clients: int) -> None:
         """Raise `ConfigError` unless the terms protect a cohort of `clients`.
 

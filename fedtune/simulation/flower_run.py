@@ -45,7 +45,7 @@ def server_app() -> ServerApp:
             # Evaluation in this process: the workers here are Flower's.
             sites = _sites(job, context)
             options = Options(workers=0)
-            outcome = Simulation(job, run, options, progress, grid=grid, sites=sites).execute()
+            outcome = Simulation(job, run, options, progress, grid=grid, parties=sites).execute()
         if outcome.error:
             raise outcome.error
 

@@ -139,8 +139,7 @@ def text_job(config: Config, data: FederatedData | None = None) -> Job:
         task=model.task,
         base_name=config.base.path,
         base_digest=model.base.digest,
-        adapter_words=f"LoRA r={config.adapter.rank} on "
-        f"{', '.join(target_names(model.adapter))} + classifier",
+        adapter_words=adapter_words(config, model),
         clients=tuple(
             JobClient(
                 client.name,
@@ -205,6 +204,12 @@ class TextModel:
     def prepare(self, examples: TextExamples) -> TokenizedTexts:
         """The texts as the trainer takes them."""
         return tokenize(self.base.tokenizer, examples, self._max_length)
+
+
+def adapter_words(config: Config, model: TextModel) -> str:
+    """What is trained of a text model."""
+    targets = ", ".join(target_names(model.adapter))
+    return f"LoRA r={config.adapter.rank} on {targets} + classifier"
 
 
 def custom_job(

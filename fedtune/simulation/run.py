@@ -6,16 +6,18 @@ import importlib.metadata
 import resource
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from flwr.serverapp import Grid
 
 from fedtune.config import OPEN_POLICY, Config, Policy
-from fedtune.errors import JobError, RunFolderError
+from fedtune.errors import JobError, RunFolderError, TooFewClients
 from fedtune.export.peft_folder import Passport, write_adapter
 from fedtune.files import write_atomic, write_json
 from fedtune.flower.grid import LocalGrid
@@ -25,6 +27,7 @@ from fedtune.flower.strategy import FederatedFineTuning
 from fedtune.records import ClientSummary, Reference, RoundRecord, Score, Status, Summary
 from fedtune.report.progress import Progress
 from fedtune.round import federation as rounds
+from fedtune.round.masked import Authority
 from fedtune.round.server import GlobalState
 from fedtune.simulation import folder as names
 from fedtune.simulation.dropout import Dropout
@@ -36,6 +39,8 @@ from fedtune.simulation.workers import COMMON_TEST, evaluate, make_pool
 from fedtune.train.trainer import Evaluation
 from fedtune.types import Float32Vector, digest_of, sha256_hex
 
+RETRY_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Options:
@@ -46,6 +51,7 @@ class Options:
     references: bool = False
     policy: Policy = OPEN_POLICY
     dropout: Dropout | None = None
+    patience: float | None = None  # see `FederatedFineTuning.run`
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,18 @@ def check_same_job(job: Job, run: RunFolder) -> None:
             )
 
 
+class Parties(Protocol):
+    """Who takes part: the server's key and the roster, and what is known of clients' accounts."""
+
+    @property
+    def authority(self) -> Authority: ...
+
+    def epsilon(self, run_id: str, delta: float) -> float | None:
+        """Unit "record": the most that any site has spent; None if only they know."""
+
+    def close(self) -> None: ...
+
+
 class Simulation:
     """One run of one job in one folder."""
 
@@ -94,16 +112,16 @@ class Simulation:
         progress: Progress,
         on_round: Callable[[RoundRecord], None] | None = None,
         grid: Grid | None = None,
-        sites: Sites | None = None,
+        parties: Parties | None = None,
     ) -> None:
         """`grid` carries the messages; by default this machine's own workers answer them.
 
-        `sites` are the clients' own memories, by default in the run's folder.
+        `parties` are by default simulated sites whose memories are in the run's folder.
         """
-        if sites is None and needs_sites(job.config):
+        if parties is None and needs_sites(job.config):
             names_of_clients = [client.name for client in job.clients]
-            sites = Sites(run.path / names.SITES, names_of_clients, options.policy)
-        self._sites = sites
+            parties = Sites(run.path / names.SITES, names_of_clients, options.policy)
+        self._parties = parties
         self._job = job
         self._run = run
         self._options = options
@@ -115,7 +133,7 @@ class Simulation:
             job.adapter.manifest,
             job.base_digest,
             run.journal,
-            sites.authority if sites and job.config.secagg.enabled else None,
+            parties.authority if parties and job.config.secagg.enabled else None,
         )
         self._references: dict[str, ReferenceResult] = {}
         self._final: dict[int, Evaluation] = {}
@@ -130,15 +148,16 @@ class Simulation:
         try:
             return self._execute()
         finally:
-            self._close_sites()
+            self._close_parties()
 
     def _execute(self) -> Outcome:
         quiet()
         self._run.rewrite_metrics()
-        self._close_sites()  # an open database must not go through a fork
+        self._close_parties()  # an open database must not go through a fork
         status: Status = "finished"
         error: JobError | None = None
-        pool = make_pool(self._job, self._options.workers, self._options.wire, self._sites)
+        simulated = self._parties if isinstance(self._parties, Sites) else None
+        pool = make_pool(self._job, self._options.workers, self._options.wire, simulated)
         try:
             self._rounds(pool)
             self._score(pool)
@@ -176,9 +195,13 @@ class Simulation:
         self._refused.append(f"node {node} was refused: {reason}")
         self._progress.note(self._refused[-1])
 
-    def _close_sites(self) -> None:
-        if self._sites is not None:
-            self._sites.close()
+    def waiting(self, found: int, wanted: int) -> None:
+        """See `flower.strategy.Observer`."""
+        self._progress.note(f"{found} of {wanted} clients are connected; waiting")
+
+    def _close_parties(self) -> None:
+        if self._parties is not None:
+            self._parties.close()
 
     def _rounds(self, pool: Pool) -> None:
         job = self._job
@@ -187,7 +210,16 @@ class Simulation:
         score = (lambda adapter: self._common_score(pool, adapter)) if job.test else None
         absences = self._options.dropout.absent if self._options.dropout else None
         strategy = FederatedFineTuning(self._federation, self, score, absences)
-        strategy.run(self._grid or LocalGrid(pool, len(job.clients)), len(job.clients))
+        grid = self._grid or LocalGrid(pool, len(job.clients))
+        while True:
+            try:
+                return strategy.run(grid, len(job.clients), self._options.patience)
+            except TooFewClients as error:
+                # Simulated clients do not come back; others may.
+                if self._options.patience is None:
+                    raise
+                self._progress.note(f"{error}; trying again")
+                time.sleep(RETRY_SECONDS)
 
     def _common_score(self, pool: Pool, adapter: Float32Vector) -> rounds.Score:
         found = evaluate(pool, self._job, adapter)
@@ -311,9 +343,9 @@ class Simulation:
 
     def _epsilon(self) -> float | None:
         """What was spent so far, by the unit of the configuration."""
-        if self._job.config.privacy.unit == "record" and self._sites is not None:
+        if self._job.config.privacy.unit == "record" and self._parties is not None:
             run_id = self._run.journal.identity()["run_id"]
-            return self._sites.epsilon(run_id, self._job.config.privacy.delta)
+            return self._parties.epsilon(run_id, self._job.config.privacy.delta)
         return self._federation.epsilon
 
     def _passport(self, number: int, adapter: Float32Vector) -> Passport:

@@ -41,6 +41,10 @@ _WARM.set_forkserver_preload(
         "fedtune.simulation.results",
         "fedtune.report.tensorboard",
         "tensorboard.summary.writer.record_writer",
+        "matplotlib.backends.backend_svg",
+        "matplotlib.style",
+        "jinja2",
+        "dp_accounting.rdp",
     ]
 )
 

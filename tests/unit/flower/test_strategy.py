@@ -40,6 +40,12 @@ class _Seen:
     def round_committed(self, record: RoundRecord) -> None:
         self.committed.append(record)
 
+    def waiting(self, found: int, wanted: int) -> None:
+        pass
+
+    def round_lost(self, reason: str) -> None:
+        pass
+
     def client_refused(self, node: int, reason: str) -> None:
         self.refused.append((node, reason))
 

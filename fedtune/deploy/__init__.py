@@ -1,0 +1,1 @@
+"""A federation on several machines: its keys, its server, its sites."""

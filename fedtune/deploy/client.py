@@ -1,0 +1,176 @@
+"""`fedtune client`: one site. It talks to the network, and leaves training to its worker.
+
+This process imports no torch and holds no data; all that it can do is carry bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from fedtune.deploy.site_files import SiteFiles
+from fedtune.deploy.worker import Worker
+from fedtune.errors import KeyFileError, NetworkError, ServerRefused, ServerUnreachable
+from fedtune.flower.client_app import make_client_app
+from fedtune.flower.envelope import reply, unwrap
+from fedtune.flower.internals import quiet
+from fedtune.flower.network import HEARTBEAT_SECONDS, NodeConnection
+from fedtune.flower.strategy import FAREWELL
+
+from flwr.app import Context, Message, RecordDict  # isort: skip
+
+POLL_SECONDS = 0.1
+SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+PUSH_TRIES = 5
+logger = logging.getLogger(__name__)
+
+
+class Say(Protocol):
+    """Tells the operator of the site something."""
+
+    def __call__(self, text: str) -> None: ...
+
+
+class _Stopped(Exception):
+    """Someone ends this process."""
+
+
+def run_client(path: Path, once: bool, say: Say) -> int:
+    """Take part until stopped, or with `once` until the run is over; returns the exit code."""
+    files = SiteFiles.read(path)
+    keys, members = files.keys(), files.members()
+    certificate = files.find(files.config.site.certificate)
+    try:
+        authority = certificate.read_bytes()
+    except OSError as error:
+        raise KeyFileError(f"{certificate}: cannot be read: {error.strerror}") from error
+    quiet()
+    signal.signal(signal.SIGTERM, _stop)
+    site = files.config.site
+    with ExitStack() as stack:
+        worker = stack.enter_context(Worker(path))
+        say(f"{site.name}: {worker.words}; roster {members.roster.digest.hex()[:16]}")
+        connection = NodeConnection(site.server, authority, keys.transport)
+        stack.callback(connection.close)
+        try:
+            return _Site(connection, worker, once, say, site.server).run()
+        except _Stopped:
+            connection.leave()
+            say("stopped")
+            return 0
+        except KeyboardInterrupt:
+            connection.leave()
+            raise
+
+
+class _Site:
+    def __init__(
+        self, connection: NodeConnection, worker: Worker, once: bool, say: Say, server: str
+    ) -> None:
+        self._connection, self._once, self._say, self._server = connection, once, say, server
+        self._app = make_client_app(lambda _context: worker)
+        self._lost = threading.Event()
+        self._refusals = 0
+
+    def run(self) -> int:
+        """Connect, serve, and connect again."""
+        pause, told = SHORTEST_PAUSE, ""
+        while True:
+            try:
+                self._connection.activate()
+            except ServerUnreachable as error:
+                if str(error) != told:
+                    told = str(error)
+                    self._say(f"{self._server} does not answer, trying on: {error}")
+                time.sleep(pause)
+                pause = min(LONGEST_PAUSE, pause * 1.5)
+                continue
+            pause, told = SHORTEST_PAUSE, ""
+            offset = self._connection.clock_offset
+            clocks = f"; its clock is {offset:+.0f} s from ours" if abs(offset) > 60 else ""
+            self._say(f"connected to {self._server}{clocks}")
+            try:
+                return self._serve()
+            except NetworkError as error:
+                self._say(f"connection lost: {error}")
+                # To be refused again and again has a reason that does not go away.
+                self._refusals = self._refusals + 1 if isinstance(error, ServerRefused) else 0
+                if self._refusals > 3:
+                    raise
+                time.sleep(SHORTEST_PAUSE)
+
+    def _serve(self) -> int:
+        self._lost.clear()
+        done = threading.Event()
+        beats = threading.Thread(target=self._beat, args=(done,), daemon=True)
+        beats.start()
+        try:
+            while not self._lost.is_set():
+                message = self._connection.pull()
+                if message is None:
+                    time.sleep(POLL_SECONDS)
+                    continue
+                self._refusals = 0
+                if message.metadata.message_type == FAREWELL:
+                    self._push(reply(message, b""), 0.0)
+                    self._say(f"the run is over: {unwrap(message).decode()}")
+                    if self._once:
+                        self._connection.leave()
+                        return 0
+                else:
+                    self._answer(message)
+            raise ServerUnreachable("no heartbeat gets through")
+        finally:
+            done.set()
+            beats.join()
+
+    def _answer(self, message: Message) -> None:
+        metadata = message.metadata
+        context = Context(metadata.run_id, metadata.dst_node_id, {}, RecordDict(), {})
+        started = time.monotonic()
+        answer = self._app(message, context)
+        what = f"round {metadata.group_id}: {metadata.message_type}" if metadata.group_id else ""
+        if answer.has_error():
+            self._say(f"{what or metadata.message_type} refused: {answer.error.reason}")
+        elif metadata.message_type == "train":
+            self._say(f"{what}ed in {time.monotonic() - started:.1f} s")
+        self._push(answer, time.monotonic() - started)
+
+    def _push(self, answer: Message, seconds: float) -> None:
+        for tried in range(1, PUSH_TRIES + 1):
+            try:
+                self._connection.push(answer, seconds)
+            except ServerUnreachable as error:
+                if tried == PUSH_TRIES:
+                    raise
+                logger.info("an answer did not get through: %s", error)
+                time.sleep(tried)
+            except ServerRefused as error:
+                logger.info("an answer came too late: %s", error)
+                return
+            else:
+                return
+
+    def _beat(self, done: threading.Event) -> None:
+        missed = 0
+        while not done.wait(HEARTBEAT_SECONDS / 2):
+            try:
+                self._connection.beat()
+                missed = 0
+            except ServerUnreachable:
+                missed += 1
+            except ServerRefused:
+                missed = 99
+            if missed > 2:
+                self._lost.set()
+                return
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise _Stopped

@@ -1,0 +1,114 @@
+"""`fedtune init FOLDER`: the files of a federation, to be edited; and one to rehearse with."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+
+from fedtune.config import PRESETS, load_preset, read_toml
+from fedtune.data.examples import TextExamples
+from fedtune.data.icd10 import load_icd10
+from fedtune.data.spec import PartitionSpec
+from fedtune.deploy.keys import AUTHORITY, make_roster, make_server_keys, make_site_keys
+from fedtune.deploy.site_files import CLIENT_TEMPLATE
+from fedtune.errors import ConfigError, RunFolderError
+
+FEDERATION, SERVER, ROSTER, README = "federation.toml", "server.toml", "roster.toml", "README.md"
+SITES, SERVER_KEYS, SITE_KEYS = "sites", "server-keys", "keys"
+REHEARSAL_HOSTS = ("localhost", "127.0.0.1")
+
+_SERVER = """\
+# The server's own file. Every key is in docs/configuration.md; what stands here is the default.
+
+[server]
+host = "{host}"
+port = {port}             # the only port that sites need to reach
+keys = "server-keys"     # made by: fedtune keys server
+roster = "roster.toml"   # made by: fedtune keys roster
+run = "run"              # journal, metrics, adapter and report; a restart goes on with it
+# test = "test.csv"      # rows to evaluate the global adapter on
+# base = "/models/base"  # where the base model lies on this machine
+"""
+
+_README = """\
+# A federation
+
+1. Edit `federation.toml`: above all `data.labels`, the labels in the order of the model's outputs.
+   Every site gets this file and agrees to it by installing it.
+2. On the server: `fedtune keys server server-keys --host NAME`, where NAME is the name or address
+   by which sites reach the server.
+3. At each site: `fedtune keys site keys --name NAME`; the site sends `keys/public.toml` to you.
+   Its private keys stay where they are.
+4. On the server: `fedtune keys roster . PUBLIC.toml ...`. Send `roster.toml`, `federation.toml` and
+   `server-keys/ca.crt` to the sites, and tell them the roster's digest on another way, best by
+   telephone: who can replace the roster can read everything.
+5. On the server: `fedtune server federation.toml`. At each site: `fedtune client client.toml`.
+
+`ca.key`, `server.key` and `identity.key` must never leave the server. After Ctrl-C, a crash or a
+power cut start the same command again: it goes on where it was.
+"""
+
+
+def init_folder(folder: Path, preset: str) -> None:
+    """Write federation.toml, server.toml and a README; raises `RunFolderError`."""
+    _make(folder)
+    load_preset(preset)
+    text = (PRESETS / f"{preset}.toml").read_text()
+    (folder / FEDERATION).write_text(text, encoding="utf-8")
+    (folder / SERVER).write_text(_SERVER.format(host="0.0.0.0", port=9092))  # noqa: S104
+    (folder / README).write_text(_README, encoding="utf-8")
+
+
+def init_rehearsal(folder: Path, preset: str, clients: int, port: int) -> None:
+    """A whole federation for this machine: packaged data, keys for all, a file for each site."""
+    if clients < 3:
+        raise ConfigError(f"--example {clients}: secure aggregation needs 3 sites or more")
+    config = load_preset(preset)
+    spec = PartitionSpec.parse(config.data.partition or "iid")
+    data = load_icd10(partition=spec, clients=clients, seed=config.seed)
+    _make(folder)
+    federation = read_toml(PRESETS / f"{preset}.toml")
+    federation["data"] = {"labels": list(data.labels)}
+    text = "# Made for a rehearsal on one machine: ICD-10 chapters at hospitals that differ.\n"
+    (folder / FEDERATION).write_text(text + tomli_w.dumps(federation), encoding="utf-8")
+    server = _SERVER.format(host="127.0.0.1", port=port).replace("# test", "test")
+    (folder / SERVER).write_text(server, encoding="utf-8")
+    (folder / README).write_text(_README, encoding="utf-8")
+    if data.test is not None:
+        _write_rows(folder / "test.csv", data.test, data.labels)
+    make_server_keys(folder / SERVER_KEYS, REHEARSAL_HOSTS)
+    public = []
+    for client in data.clients:
+        site = folder / SITES / client.name
+        site.mkdir(parents=True)
+        _write_rows(site / "train.csv", client.train, data.labels)
+        public.append(make_site_keys(site / SITE_KEYS, client.name))
+        (site / "client.toml").write_text(
+            CLIENT_TEMPLATE.format(
+                name=client.name,
+                server=f"127.0.0.1:{port}",
+                federation=f"../../{FEDERATION}",
+                roster=f"../../{ROSTER}",
+                certificate=f"../../{SERVER_KEYS}/{AUTHORITY}",
+            ),
+            encoding="utf-8",
+        )
+    make_roster(folder / ROSTER, folder / SERVER_KEYS, public)
+
+
+def _make(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise RunFolderError(f"{folder}: there are files already; take another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write_rows(path: Path, rows: TextExamples, labels: Sequence[str]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(
+            (text, labels[label]) for text, label in zip(rows.texts, rows.labels, strict=True)
+        )

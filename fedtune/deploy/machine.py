@@ -1,0 +1,60 @@
+"""The client's machine of a site, made of its files. Here torch is imported."""
+
+from __future__ import annotations
+
+import torch
+
+from fedtune.data.labelled import load_examples
+from fedtune.deploy.site_files import SiteFiles
+from fedtune.errors import KeyFileError
+from fedtune.round.client import ClientMachine
+from fedtune.round.membership import Membership
+from fedtune.round.site import SiteStore
+from fedtune.round.terms import record_release
+from fedtune.simulation.job import TextModel, torch_settings
+from fedtune.train.private import RecordPrivacy
+from fedtune.train.torch_trainer import TorchTrainer, choose_device
+from fedtune.update import make_pipeline
+
+
+def make_machine(files: SiteFiles) -> tuple[ClientMachine, str]:
+    """The machine, and in words what it has loaded; raises `UsageError`."""
+    config, site = files.federation, files.config
+    keys, members = files.keys(), files.members()
+    pinned = site.policy.roster_digest
+    if pinned is not None and members.roster.digest.hex() != pinned:
+        raise KeyFileError(f"{site.site.roster}: not the roster that policy.roster-digest names")
+    device = choose_device(config.train.device)
+    torch.set_num_threads(config.train.threads)
+    data = config.data
+    train, test = (
+        load_examples(files.find(name), data.labels, data.text_column, data.label_column)
+        if name
+        else None
+        for name in (site.data.train, site.data.test)
+    )
+    if train is None:
+        raise KeyFileError(f"{files.path}: data.train is missing")
+    model = TextModel(config, len(data.labels))
+    if device.type != "cpu":
+        model.adapter.to(device)
+    private = None
+    if config.privacy.unit == "record":
+        noise = record_release(config, len(train), 1).noise_multiplier
+        private = RecordPrivacy(noise, config.privacy.example_clip)
+    trainer = TorchTrainer(
+        model.adapter, model.task, model.base.digest, torch_settings(config.train, private)
+    )
+    membership = Membership(
+        site.policy, SiteStore(files.find(site.site.memory)), keys.identity, members.roster
+    )
+    machine = ClientMachine(
+        site.site.name,
+        config,
+        trainer,
+        model.prepare(train),
+        model.prepare(test) if test else None,
+        make_pipeline(config.update, model.adapter.manifest.size),
+        membership,
+    )
+    return machine, f"{len(train):,} rows to train on, base model {config.base.path}"

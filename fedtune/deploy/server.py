@@ -1,0 +1,164 @@
+"""`fedtune server`: Flower's SuperLink, and the rounds that it carries.
+
+The run is a folder as a simulation's is: killed at any moment and started again, the server goes
+on where its journal ends.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+
+from fedtune.config import Config, Listen, load_config, load_server
+from fedtune.data.labelled import load_examples
+from fedtune.deploy.keys import (
+    SERVER_CERTIFICATE,
+    SERVER_KEY,
+    Members,
+    check_private,
+    read_identity,
+    read_roster,
+)
+from fedtune.deploy.superlink import Doors, SuperLinkProcess
+from fedtune.errors import ConfigError, KeyFileError
+from fedtune.flower.fleet_grid import FleetGrid
+from fedtune.flower.internals import quiet
+from fedtune.flower.strategy import farewell
+from fedtune.report.progress import Progress
+from fedtune.round.masked import Authority
+from fedtune.secagg.keys import SERVER
+from fedtune.simulation.folder import RunFolder
+from fedtune.simulation.job import (
+    Job,
+    JobClient,
+    TextModel,
+    adapter_words,
+    check_cohort,
+    check_privacy,
+)
+from fedtune.simulation.run import Options, Outcome, Simulation, check_same_job, create_run
+from fedtune.train.task import Rows
+
+SETTINGS = "server.toml"
+DATABASE = "superlink.db"
+LOG = "superlink.log"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The server's files."""
+
+    federation: Config
+    listen: Listen
+    folder: Path
+    members: Members
+    authority: Authority
+
+    @classmethod
+    def read(cls, path: Path) -> Deployment:
+        """Read federation.toml and what lies beside it; raises `UsageError`."""
+        folder = path.parent
+        listen = load_server(folder / SETTINGS).server
+        overrides = [f"base.path='{listen.base}'"] if listen.base else []
+        federation = load_config(path, overrides)
+        if not federation.data.labels:
+            raise ConfigError(f"{path}: data.labels is missing; name the labels in their order")
+        members = read_roster(folder / listen.roster)
+        identity = read_identity(folder / listen.keys, SERVER)
+        if members.roster.keys[SERVER] != identity.public_key:
+            raise KeyFileError(f"{listen.roster}: made for another server; see fedtune keys roster")
+        check_private(folder / listen.keys / SERVER_KEY)
+        return cls(federation, listen, folder, members, Authority(identity, members.roster))
+
+    def find(self, name: str) -> Path:
+        """A path as server.toml means it."""
+        return self.folder / Path(name).expanduser()
+
+    def epsilon(self, run_id: str, delta: float) -> float | None:
+        """Each site keeps its own account of what its records have spent."""
+        return None
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def run_server(path: Path, progress: Progress) -> Outcome:
+    """Run the federation to its end, or go on with it; raises `UsageError`."""
+    deployment = Deployment.read(path)
+    signal.signal(signal.SIGTERM, _interrupt)
+    quiet()
+    job = _job(deployment)
+    run_path = deployment.find(deployment.listen.run)
+    with _open_run(job, run_path) as run:
+        listen, keys = deployment.listen, deployment.find(deployment.listen.keys)
+        doors = Doors(
+            listen.host,
+            listen.port,
+            keys / SERVER_CERTIFICATE,
+            keys / SERVER_KEY,
+            run_path / DATABASE,
+            run_path / LOG,
+        )
+        with SuperLinkProcess(doors, deployment.members.transport) as link:
+            clients = len(deployment.members.transport)
+            done = len(run.journal.records())
+            progress.started(
+                [
+                    f"listening at {listen.host}:{link.port} for {clients} clients; "
+                    f"roster {deployment.members.roster.digest.hex()[:16]}",
+                    *([f"going on after round {done}"] if done else []),
+                ],
+                job.config.rounds.count,
+            )
+            grid = FleetGrid(link.address, link.ticket)
+            options = Options(workers=0, patience=listen.patience)
+            simulation = Simulation(job, run, options, progress, grid=grid, parties=deployment)
+            outcome = simulation.execute()
+            words = f"{outcome.summary.rounds} rounds, {outcome.summary.status}"
+            farewell(grid, words)
+            return outcome
+
+
+def _open_run(job: Job, path: Path) -> RunFolder:
+    if not path.exists():
+        return create_run(job, path, references=False)
+    run = RunFolder.open(path)
+    check_same_job(job, run)
+    return run
+
+
+def _job(deployment: Deployment) -> Job:
+    """The server's part of the job: the model, the clients' names, the common test set."""
+    config, members = deployment.federation, deployment.members
+    labels, names = config.data.labels, sorted(members.transport)
+    check_cohort(config, len(names))
+    data = config.data
+    test = None
+    if deployment.listen.test:
+        file = deployment.find(deployment.listen.test)
+        test = load_examples(file, labels, data.text_column, data.label_column)
+    model = TextModel(config, len(labels))
+    check_privacy(config, model.adapter.manifest.size, len(names))
+    unknown = np.zeros(len(labels), np.int64)
+    return Job(
+        config=config,
+        adapter=model.adapter,
+        task=model.task,
+        base_name=config.base.path,
+        base_digest=model.base.digest,
+        adapter_words=adapter_words(config, model),
+        clients=tuple(JobClient(name, Rows([]), None, unknown) for name in names),
+        test=model.prepare(test) if test else None,
+        labels=labels,
+        data_words="each site's own; the server sees none of it",
+        warnings=(),
+        has_classifier=True,
+    )
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

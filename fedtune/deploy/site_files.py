@@ -1,0 +1,92 @@
+"""A site's files, found through its client.toml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.config import ClientConfig, Config, load_client, load_config
+from fedtune.deploy.keys import Members, SiteKeys, read_roster, read_site_keys
+from fedtune.errors import ConfigError, KeyFileError
+
+CLIENT_TEMPLATE = """\
+# One site's own file. Every key is in docs/configuration.md.
+
+[site]
+name = "{name}"
+server = "{server}"
+federation = "{federation}"
+roster = "{roster}"
+certificate = "{certificate}"
+keys = "keys"          # private: they never leave this folder
+memory = "site.db"     # what this site remembers; losing it ends its part in a running run
+
+[data]
+train = "train.csv"    # columns text and label
+
+[machine]
+threads = 1
+# base = "/models/base"  # where the base model lies on this machine
+
+# Stronger than anything that a server asks for.
+[policy]
+require-masking = true
+min-cohort = 3
+share-metrics = "sum"
+report-failures = false
+# max-epsilon = 3.0
+# roster-digest = "..."  # told to us by other means than through the server
+"""
+
+
+@dataclass(frozen=True)
+class SiteFiles:
+    """What a site's file says, with the paths that it names."""
+
+    path: Path
+    config: ClientConfig
+    federation: Config
+
+    @classmethod
+    def read(cls, path: Path) -> SiteFiles:
+        """Read client.toml and the federation's configuration; raises `ConfigError`."""
+        config = load_client(path)
+        for key in ("name", "server"):
+            if not getattr(config.site, key):
+                raise ConfigError(f"{path}: site.{key} is missing")
+        machine = config.machine
+        overrides = [f'train.device="{machine.device}"', f"train.threads={machine.threads}"]
+        if machine.base:
+            overrides.append(f"base.path='{machine.base}'")
+        federation = load_config(path.parent / config.site.federation, overrides)
+        if not federation.data.labels:
+            raise ConfigError(
+                f"{config.site.federation}: data.labels is missing; sites must agree on the labels "
+                "and their order"
+            )
+        return cls(path, config, federation)
+
+    def find(self, name: str) -> Path:
+        """A path as client.toml means it."""
+        return self.path.parent / Path(name).expanduser()
+
+    def members(self) -> Members:
+        """The roster; raises `KeyFileError` if this site is not in it."""
+        members = read_roster(self.find(self.config.site.roster))
+        if self.config.site.name not in members.transport:
+            raise KeyFileError(
+                f"{self.config.site.roster}: there is no {self.config.site.name} in it; send "
+                "public.toml to the operator, who makes a new roster"
+            )
+        return members
+
+    def keys(self) -> SiteKeys:
+        """This site's private keys; raises `KeyFileError`, also if the roster has others."""
+        found = read_site_keys(self.find(self.config.site.keys), self.config.site.name)
+        listed = self.members().roster.keys[self.config.site.name]
+        if listed != found.identity.public_key:
+            raise KeyFileError(
+                f"{self.config.site.roster}: it has another key for {self.config.site.name} than "
+                f"{self.config.site.keys}"
+            )
+        return found

@@ -1,0 +1,196 @@
+"""Flower's SuperLink as a process of its own beside the server.
+
+Sites reach its Fleet API over TLS and nothing else of it; the server reaches its Runtime API on
+the loopback, with a token. It ends with the server: its standard input is then closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fedtune.errors import ConfigError, JobError
+from fedtune.flower.network import RunTicket
+
+START_SECONDS = 60.0
+ALIVE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Doors:
+    """Where a SuperLink listens, and what it shows there."""
+
+    host: str
+    port: int
+    certificate: Path
+    key: Path
+    database: Path
+    log: Path
+
+
+class SuperLinkProcess:
+    """A running SuperLink; leave the block to end it."""
+
+    def __init__(self, doors: Doors, clients: Mapping[str, bytes]) -> None:
+        """Start it; raises `ConfigError` if the port is taken or the certificate is unusable."""
+        settings = {
+            "host": doors.host,
+            "port": doors.port,
+            "certificate": str(doors.certificate),
+            "key": str(doors.key),
+            "database": str(doors.database),
+            "clients": {name: base64.b64encode(key).decode() for name, key in clients.items()},
+        }
+        with doors.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fedtune.deploy.superlink"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        self._tell(settings)
+        answer = self._first_line()
+        if "error" in answer:
+            self.close()
+            raise ConfigError(answer["error"])
+        self.ticket = RunTicket(answer["run_id"], answer["token"])
+        self.address = f"127.0.0.1:{answer['runtime_port']}"
+        self.port: int = answer["port"]
+        self._log = doors.log
+
+    def check(self) -> None:
+        """Raise `JobError` if it has ended."""
+        if self._process.poll() is not None:
+            raise JobError(f"Flower's SuperLink has ended; see {self._log}")
+
+    def close(self) -> None:
+        """End it."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _tell(self, settings: dict[str, Any]) -> None:
+        assert self._process.stdin is not None  # noqa: S101  # by Popen's arguments
+        self._process.stdin.write(json.dumps(settings).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def _first_line(self) -> dict[str, Any]:
+        assert self._process.stdout is not None  # noqa: S101  # by Popen's arguments
+        timer = threading.Timer(START_SECONDS, self._process.kill)
+        timer.start()
+        line = self._process.stdout.readline()
+        timer.cancel()
+        if not line:
+            return {"error": "Flower's SuperLink does not start; see its log"}
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
+def main() -> None:
+    """What the process does: read the settings, listen, and end with the standard input."""
+    settings = json.loads(sys.stdin.readline())
+    # What is printed by others must not be taken for the answer.
+    answer, sys.stdout = sys.stdout, sys.stderr
+    try:
+        asyncio.run(_serve(settings, answer))
+    except (OSError, ValueError) as error:
+        reason = f"cannot listen at {settings['host']}:{settings['port']}: {error}"
+        print(json.dumps({"error": reason}), file=answer, flush=True)
+        sys.exit(2)
+
+
+async def _serve(settings: dict[str, Any], answer: Any) -> None:
+    import ssl
+
+    import uvicorn
+
+    outside = _listen(settings["host"], settings["port"])
+    inside = _listen("127.0.0.1", 0)
+    from fedtune.flower.network import SuperLink
+
+    link = SuperLink(Path(settings["database"]))
+    link.register({n: base64.b64decode(key) for n, key in settings["clients"].items()})
+    ticket = link.begin_run()
+    common: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "access_log": False}
+    for_sites = uvicorn.Config(
+        link.for_sites,
+        ssl_certfile=settings["certificate"],
+        ssl_keyfile=settings["key"],
+        server_header=False,
+        **common,
+    )
+    for_sites.load()
+    if for_sites.ssl is not None:
+        for_sites.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
+    servers = [uvicorn.Server(for_sites), uvicorn.Server(uvicorn.Config(link.for_server, **common))]
+    for server in servers:
+        # The process ends with its standard input, not by signals that its parent gets too.
+        server.capture_signals = _no_signals  # type: ignore[method-assign]
+    said = {
+        "run_id": ticket.run_id,
+        "token": ticket.token,
+        "port": outside.getsockname()[1],
+        "runtime_port": inside.getsockname()[1],
+    }
+    print(json.dumps(said), file=answer, flush=True)
+    tasks = [
+        asyncio.create_task(server.serve(sockets=[door]))
+        for server, door in zip(servers, (outside, inside), strict=True)
+    ]
+    ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
+    while not ended.done():
+        await asyncio.to_thread(link.alive)
+        await asyncio.wait([ended, *tasks], timeout=ALIVE_SECONDS)
+        if any(task.done() for task in tasks):
+            break
+    for server in servers:
+        server.should_exit = True
+    await asyncio.wait(tasks, timeout=5)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+    )
+    # Named so, because asyncio switches Nagle's algorithm off only on sockets that say TCP; with
+    # it, each answer would take 40 ms more.
+    door = socket.socket(family, kind, protocol)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        door.bind(address)
+        door.listen(1024)
+    except OSError:
+        door.close()
+        raise
+    return door
+
+
+def _no_signals() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""A site's training process, seen from the process that talks to the network and starts it.
+
+Requests and answers go over a pair of pipes: a letter for the question, or for how it went, and
+the request, the answer, or a sentence. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Self
+
+from fedtune.errors import JobError, UsageError, WireError
+
+_HEAD = struct.Struct("<cQ")
+_LARGEST = 1 << 34
+QUESTIONS = {b"h": "hello", b"c": "converse", b"t": "train", b"e": "evaluate"}
+READY, ANSWER, REFUSAL, FAILURE, CRASH = b"r", b"a", b"w", b"f", b"x"
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """The training process of a site, seen from the one that talks to the network."""
+
+    def __init__(self, path: Path) -> None:
+        """Start it; raises `UsageError` with what it finds wrong in the site's files."""
+        self._path = path
+        self._start()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(  # noqa: S603  # this interpreter, this package
+            [sys.executable, "-m", "fedtune.deploy.training", str(self._path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        kind, said = self._read()
+        if kind != READY:
+            self.close()
+            raise UsageError(said.decode())
+        self.words: str = json.loads(said)["words"]
+
+    def hello(self, payload: bytes) -> bytes:
+        """See `ClientMachine.hello`."""
+        return self._ask(b"h", payload)
+
+    def converse(self, payload: bytes) -> bytes:
+        """See `ClientMachine.converse`."""
+        return self._ask(b"c", payload)
+
+    def train(self, payload: bytes) -> bytes:
+        """See `ClientMachine.train`."""
+        return self._ask(b"t", payload)
+
+    def evaluate(self, payload: bytes) -> bytes:
+        """See `ClientMachine.evaluate`."""
+        return self._ask(b"e", payload)
+
+    def close(self) -> None:
+        """End it."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _ask(self, question: bytes, payload: bytes) -> bytes:
+        try:
+            write_frame(self._pipe(self._process.stdin), question, payload)
+            kind, said = self._read()
+        except BrokenPipeError:
+            kind, said = CRASH, b"the training process has ended"
+        if kind == ANSWER:
+            return said
+        if kind == REFUSAL:
+            raise WireError(said.decode())
+        if kind == FAILURE:
+            raise JobError(said.decode())
+        logger.error("%s; it is started again", said.decode())
+        self.close()
+        self._start()
+        raise JobError("the training process ended")
+
+    def _read(self) -> tuple[bytes, bytes]:
+        found = read_frame(self._pipe(self._process.stdout))
+        return found or (CRASH, f"the training process ended ({self._process.wait()})".encode())
+
+    @staticmethod
+    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+        if pipe is None:
+            raise RuntimeError("the training process has no pipe")
+        return pipe
+
+
+def write_frame(pipe: IO[bytes], kind: bytes, payload: bytes) -> None:
+    pipe.write(_HEAD.pack(kind, len(payload)))
+    pipe.write(payload)
+    pipe.flush()
+
+
+def read_frame(pipe: IO[bytes]) -> tuple[bytes, bytes] | None:
+    head = pipe.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        return None
+    kind, length = _HEAD.unpack(head)
+    if length > _LARGEST:
+        raise JobError(f"a message of {length} bytes between two processes of this site")
+    payload = pipe.read(length)
+    return None if len(payload) < length else (kind, payload)
