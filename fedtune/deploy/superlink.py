@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -161,12 +162,16 @@ async def _serve(settings: dict[str, Any], answer: Any) -> None:
     ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
     while not ended.done():
         await asyncio.to_thread(link.alive)
-        await asyncio.wait([ended, *tasks], timeout=ALIVE_SECONDS)
+        await asyncio.wait(
+            [ended, *tasks], timeout=ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
         if any(task.done() for task in tasks):
             break
     for server in servers:
         server.should_exit = True
-    await asyncio.wait(tasks, timeout=5)
+    await asyncio.wait(tasks, timeout=1)
+    # Not by the interpreter's own end, which waits for threads; there is nothing to be saved.
+    os._exit(0)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedtune.flower import internals
 from fedtune.flower.envelope import CLIENT_FAILED
-from fedtune.flower.network import RuntimeGrid
+from fedtune.flower.network import RuntimeGrid, is_unavailable
 
 from flwr.app import Error, Message  # isort: skip
 
-logger = logging.getLogger(__name__)
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.25
 LOOK_SECONDS = 1.0  # between two looks at who is connected
 GONE_SECONDS = 60.0  # disconnected for so long, a client is not waited for
+NEVER = ""
 GRACE_SECONDS = 60.0  # by which a message outlives the wait for its answer
 
 
@@ -26,7 +25,7 @@ class _Sent:
 
     message: Message
     activation: str
-    missing_since: float | None = None
+    missing_since: float = 0.0
 
 
 class FleetGrid(RuntimeGrid):
@@ -45,36 +44,36 @@ class FleetGrid(RuntimeGrid):
         waiting: dict[str, _Sent] = {}
         for message in messages:
             self._send(message, timeout, online, waiting)
+        absent: list[_Sent] = []
         wait, looked = SHORTEST_WAIT, time.monotonic()
-        while waiting and time.monotonic() < deadline:
+        while (waiting or absent) and time.monotonic() < deadline:
             answered = False
-            for answer in self.pull_messages(list(waiting)):
+            for answer in self.pull_messages(list(waiting)) if waiting else ():
                 sent = waiting.pop(answer.metadata.reply_to_message_id, None)
-                if sent is not None:
-                    answered = True
+                if sent is None:
+                    continue
+                answered = True
+                if is_unavailable(answer):
+                    absent.append(_Sent(sent.message, NEVER, time.monotonic()))
+                else:
                     yield answer
             wait = SHORTEST_WAIT if answered else min(LONGEST_WAIT, wait * 1.5)
             time.sleep(wait)
             if time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
-                yield from self._look(waiting, timeout)
-
-    def _look(self, waiting: dict[str, _Sent], timeout: float | None) -> Iterator[Message]:
-        online = self.activations()
-        for message_id, sent in list(waiting.items()):
-            node = sent.message.metadata.dst_node_id
-            activation = online.get(node)
-            if activation is None:
-                sent.missing_since = sent.missing_since or time.monotonic()
-                if time.monotonic() - sent.missing_since > GONE_SECONDS:
-                    del waiting[message_id]
-                    yield _gone(sent.message)
-            elif activation != sent.activation:
-                logger.debug("node %d is back, its request is sent again", node)
-                del waiting[message_id]
-                self._send(_copy(sent.message), timeout, online, waiting)
-            else:
-                sent.missing_since = None
+                online = self.activations()
+                for message_id, sent in list(waiting.items()):
+                    now = online.get(sent.message.metadata.dst_node_id)
+                    if now is not None and now != sent.activation:
+                        del waiting[message_id]
+                        self._send(_copy(sent.message), timeout, online, waiting)
+                for sent in list(absent):
+                    if sent.message.metadata.dst_node_id in online:
+                        absent.remove(sent)
+                        self._send(_copy(sent.message), timeout, online, waiting)
+                    elif time.monotonic() - sent.missing_since > GONE_SECONDS:
+                        absent.remove(sent)
+                        yield _gone(sent.message)
 
     def _send(
         self,
@@ -86,7 +85,7 @@ class FleetGrid(RuntimeGrid):
         if timeout is not None:
             message.metadata.ttl = timeout + GRACE_SECONDS
         [message_id] = self.push_messages([message])
-        waiting[message_id] = _Sent(message, online.get(message.metadata.dst_node_id, ""))
+        waiting[message_id] = _Sent(message, online.get(message.metadata.dst_node_id, NEVER))
 
 
 def _copy(message: Message) -> Message:

@@ -26,7 +26,7 @@ from fedtune.flower import internals
 
 from flwr.app import Message  # isort: skip
 from flwr.app.message import remove_content_from_message  # isort: skip
-from flwr.common.constant import TIMESTAMP_HEADER  # isort: skip
+from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode  # isort: skip
 from flwr.common.serde import message_from_proto, message_to_proto  # isort: skip
 from flwr.proto.fleet_pb2 import (  # isort: skip
     ActivateNodeRequest,
@@ -64,10 +64,12 @@ from flwr.supercore.inflatable.inflatable_utils import (  # isort: skip
     pull_objects,
     push_objects,
 )
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor  # isort: skip
 from flwr.supercore.interceptors.http.utils import add_headers  # isort: skip
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message  # isort: skip
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext  # isort: skip
 from flwr.supercore.run import Run  # isort: skip
+from flwr.supercore.runtime import RuntimeHttpClient  # isort: skip
 from flwr.superlink.grid import HttpGrid  # isort: skip
 from flwr.supernode.fleet_http_client import FleetHttpClient  # isort: skip
 
@@ -217,6 +219,11 @@ class NodeConnection:
         self._client.close()
 
 
+def is_unavailable(answer: Message) -> bool:
+    """Whether Flower answers in a client's place, because it is not connected."""
+    return answer.has_error() and answer.error.code == ErrorCode.NODE_UNAVAILABLE
+
+
 def _parts(message: Message) -> tuple[Message, ObjectTree, dict[str, InflatableObject]]:
     """What is sent of a message: its head, the tree of its objects, and the objects.
 
@@ -298,6 +305,13 @@ class RuntimeGrid(HttpGrid):
         self.set_run(Run.create_empty(ticket.run_id))
         self._run_id = ticket.run_id
         internals.become_task(ticket.run_id, internals.SERVER_NODE)
+
+    def _connect(self) -> None:
+        # Without Flower's retries: they go on for ever if its process has ended, and end this
+        # one by a signal if the token is not accepted.
+        self._client = RuntimeHttpClient.from_server_address(
+            self._addr, True, None, [RuntimeTokenHttpInterceptor(token=self._token)]
+        )
 
     def activations(self) -> dict[int, str]:
         """Who is connected, and since when (ISO 8601); raises `ServerUnreachable`."""

@@ -34,4 +34,6 @@ def test_keys_named_in_the_documentation_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-z]+\.[a-z][a-z0-9-]+)", text))
     unknown = {key for key in named if key.partition(".")[0] in tables} - keys
-    assert not {key for key in unknown if not key.endswith((".md", ".py", ".jsonl", ".json", ".csv"))}
+    assert not {
+        key for key in unknown if not key.endswith((".md", ".py", ".jsonl", ".json", ".csv"))
+    }

@@ -1,0 +1,267 @@
+"""What is assumed of Flower's network, against the real thing: its SuperLink, sockets, TLS."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from flwr.app import Message
+
+from fedtune.deploy.keys import (
+    AUTHORITY,
+    SERVER_CERTIFICATE,
+    SERVER_KEY,
+    make_roster,
+    make_server_keys,
+    make_site_keys,
+    read_site_keys,
+)
+from fedtune.deploy.superlink import Doors, SuperLinkProcess
+from fedtune.errors import ConfigError, ServerRefused, ServerUnreachable
+from fedtune.flower import fleet_grid
+from fedtune.flower.envelope import reply, unwrap, wrap
+from fedtune.flower.fleet_grid import FleetGrid
+from fedtune.flower.network import NodeConnection, RunTicket
+
+_FORK = multiprocessing.get_context("fork")
+DEADLINE = 30.0
+
+
+class Network:
+    """A SuperLink that two sites, `a` and `b`, may connect to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_server_keys(folder / "server", ["127.0.0.1"])
+        public = [make_site_keys(folder / name, name) for name in ("a", "b")]
+        members = make_roster(folder / "roster.toml", folder / "server", public)
+        self.link = SuperLinkProcess(self.doors(0), members.transport)
+        self.grid = FleetGrid(self.link.address, self.link.ticket)
+        self._sites: list[Any] = []
+
+    def doors(self, port: int) -> Doors:
+        keys = self.folder / "server"
+        return Doors(
+            "127.0.0.1",
+            port,
+            keys / SERVER_CERTIFICATE,
+            keys / SERVER_KEY,
+            self.folder / "superlink.db",
+            self.folder / "superlink.log",
+        )
+
+    def connection(self, name: str) -> NodeConnection:
+        authority = (self.folder / "server" / AUTHORITY).read_bytes()
+        transport = read_site_keys(self.folder / name, name).transport
+        return NodeConnection(f"127.0.0.1:{self.link.port}", authority, transport)
+
+    def site(self, name: str, change: Callable[[bytes], bytes], silent: int = 0) -> Any:
+        """A process that answers with the changed payload, to all but the first `silent`."""
+
+        def work() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            connection = self.connection(name)
+            connection.activate()
+            quiet = silent
+            while True:
+                message = connection.pull()
+                if message is None:
+                    time.sleep(0.01)
+                elif quiet:
+                    quiet -= 1
+                else:
+                    connection.push(reply(message, change(unwrap(message))), 0.0)
+
+        process = _FORK.Process(target=work, daemon=True)
+        process.start()
+        self._sites.append(process)
+        self.wait(lambda: len(self.grid.activations()) == self.alive())
+        return process
+
+    def alive(self) -> int:
+        return sum(process.is_alive() for process in self._sites)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def ask(self, node: int, payload: bytes, timeout: float = DEADLINE) -> list[Message]:
+        message = Message(wrap(payload), node, "train", group_id="1")
+        return list(self.grid.send_and_receive([message], timeout=timeout))
+
+    def close(self) -> None:
+        for process in self._sites:
+            process.kill()
+            process.join()
+        self.grid.close()
+        self.link.close()
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    made = Network(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 256 << 10, (256 << 10) + 1, 12_000_000])
+def test_payloads_arrive_as_they_are(network: Network, size: int) -> None:
+    """Small ones with the head of a message, large ones in pieces."""
+    network.site("a", lambda payload: payload[::-1])
+    [node] = network.grid.activations()
+    payload = os.urandom(size)
+    [answer] = network.ask(node, payload)
+    assert unwrap(answer) == payload[::-1]
+    assert answer.metadata.src_node_id == node
+
+
+def test_answers_come_as_they_arrive_and_each_once(network: Network) -> None:
+    network.site("a", lambda payload: b"a" + payload)
+    network.site("b", lambda payload: b"b" + payload)
+    nodes = sorted(network.grid.activations())
+    assert len(nodes) == 2
+    for turn in range(3):
+        messages = [Message(wrap(b"%d" % turn), node, "query", group_id="1") for node in nodes]
+        answers = list(network.grid.send_and_receive(messages, timeout=DEADLINE))
+        assert sorted(unwrap(answer) for answer in answers) == [b"a%d" % turn, b"b%d" % turn]
+
+
+def test_whoever_comes_back_is_asked_again(network: Network) -> None:
+    """Killed with the request in its hands; the connection's silence was not noticed yet."""
+    first = network.site("a", lambda _: b"never said", silent=99)
+    [node] = network.grid.activations()
+    answers: list[Message] = []
+    message = Message(wrap(b"question"), node, "train", group_id="1")
+    waiting = network.grid.send_and_receive([message], timeout=DEADLINE)
+
+    def replace() -> None:
+        time.sleep(1.0)  # for the request to be taken; if it was not, the test is only easier
+        first.kill()
+        first.join()
+        network.site("a", lambda payload: payload.upper())
+
+    import threading
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    answers = list(waiting)
+    thread.join()
+    assert [unwrap(answer) for answer in answers] == [b"QUESTION"]
+
+
+def test_whoever_is_gone_is_not_waited_for(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_grid, "GONE_SECONDS", 0.5)
+    connection = network.connection("a")
+    connection.activate()
+    [node] = network.grid.activations()
+    connection.leave()
+    assert network.grid.activations() == {}
+    started = time.monotonic()
+    [answer] = network.ask(node, b"anyone?", timeout=DEADLINE)
+    assert answer.has_error()
+    assert answer.error.reason == "disconnected"
+    assert time.monotonic() - started < DEADLINE / 2
+
+
+def test_a_late_answer_is_nobodys(network: Network) -> None:
+    network.site("a", lambda payload: (time.sleep(1.0), payload)[1])
+    [node] = network.grid.activations()
+    assert network.ask(node, b"one", timeout=0.2) == []
+    [answer] = network.ask(node, b"two")
+    assert unwrap(answer) == b"two"
+
+
+@pytest.mark.parametrize("minutes", [-600, -10, 10, 600])
+def test_clocks_may_differ(network: Network, minutes: int) -> None:
+    connection = network.connection("a")
+    # As if this machine's clock were wrong by so much, and nobody had noticed.
+    connection._time.offset = datetime.timedelta(minutes=minutes)
+    connection.activate()
+    connection.beat()
+    assert connection.pull() is None
+    assert abs(connection.clock_offset) < 30
+    connection.close()
+
+
+def test_a_stranger_is_refused_and_told_why(network: Network) -> None:
+    make_site_keys(network.folder / "c", "c")
+    with pytest.raises(ServerRefused, match="no such transport key"):
+        network.connection("c").activate()
+
+
+def test_another_sites_connection_cannot_be_used(network: Network) -> None:
+    one, other = network.connection("a"), network.connection("b")
+    one.activate()
+    other.activate()
+    other._node = one._node
+    with pytest.raises(ServerRefused):
+        other.pull()
+    with pytest.raises(ServerRefused):
+        other.beat()
+
+
+def test_without_the_token_nothing_is_sent(network: Network) -> None:
+    stranger = FleetGrid(network.link.address, RunTicket(network.link.ticket.run_id, "00" * 16))
+    with pytest.raises(ServerRefused):
+        stranger.activations()
+    network.grid.activations()
+
+
+def test_nobody_answers(network: Network) -> None:
+    connection = network.connection("a")
+    network.link.close()
+    with pytest.raises(ServerUnreachable):
+        connection.activate()
+    with pytest.raises(ServerUnreachable):
+        network.grid.activations()
+
+
+def test_a_port_that_is_taken_is_told(network: Network) -> None:
+    with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{network.link.port}"):
+        SuperLinkProcess(network.doors(network.link.port), {})
+
+
+def test_old_versions_of_tls_are_refused(network: Network) -> None:
+    import ssl
+
+    context = ssl.create_default_context(cafile=str(network.folder / "server" / AUTHORITY))
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(httpx.ConnectError), httpx.Client(verify=context) as http:
+        http.get(f"https://127.0.0.1:{network.link.port}/")
+
+
+def test_it_ends_when_its_server_is_killed(tmp_path: Path) -> None:
+    """Its standard input closes: no process of ours is left behind."""
+    reader, writer = os.pipe()
+
+    def server() -> None:
+        made = Network(tmp_path)
+        os.write(writer, f"{made.link._process.pid} ".encode())
+        time.sleep(DEADLINE)
+
+    process = _FORK.Process(target=server)
+    process.start()
+    link = int(os.read(reader, 20))
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + DEADLINE
+    while Path(f"/proc/{link}").exists():
+        state = Path(f"/proc/{link}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "Z":
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.close(reader)
+    os.close(writer)
