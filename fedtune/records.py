@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -57,6 +57,7 @@ class RoundRecord(Record):
     bytes_down: int
     seconds: Number
     train_seconds: Number
+    late: dict[str, str] = field(default_factory=dict)  # left after its update was in: reason
 
 
 @dataclass(frozen=True)

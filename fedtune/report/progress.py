@@ -102,6 +102,7 @@ class PlainProgress:
             if text != words.MISSING
         ]
         parts += [f"warning: {failure}" for failure in failures]
+        parts += [f"note: {_late(name, reason)}" for name, reason in record.late.items()]
         self._print(f"round {_of(record.round, self._planned)}: {', '.join(parts)}")
 
     def note(self, text: str) -> None:
@@ -178,6 +179,8 @@ class LiveProgress:
         self._print(self._row(cells))
         for name, reason in record.failed.items():
             self._print(f"  warning: {_failure(name, reason)}", "yellow")
+        for name, reason in record.late.items():
+            self._print(f"  note: {_late(name, reason)}", "dim")
 
     def note(self, text: str) -> None:
         """Print the note above the bar."""
@@ -203,6 +206,10 @@ class LiveProgress:
 
 def _of(round: int, planned: int | None) -> str:
     return str(round) if planned is None else f"{round}/{planned}"
+
+
+def _late(name: str, reason: str) -> str:
+    return f"{name} left with its update in the sum ({reason[:REASON_WIDTH]})"
 
 
 def _failure(name: str, reason: str) -> str:

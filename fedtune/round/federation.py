@@ -223,6 +223,11 @@ class Federation:
             bytes_down=bytes_down,
             seconds=seconds,
             train_seconds=server_round.train_seconds,
+            late={
+                name: reason
+                for name, reason in sorted(server_round.failed.items())
+                if name in server_round.counted
+            },
         )
         self._journal.commit(record, self._next)
         self.round, self._state = record.round, self._next

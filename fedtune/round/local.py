@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -33,7 +33,7 @@ class LocalUpdate:
     time one can tell how many examples were drawn.
     """
 
-    update: Float32Vector
+    update: Float32Vector = field(repr=False)
     loss: float
     seconds: float
 

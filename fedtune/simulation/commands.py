@@ -62,6 +62,8 @@ def simulate(request: SimulateRequest, as_json: bool) -> int:
     progress = make_progress(quiet=as_json)
     if request.drop_at not in STAGES:
         raise ConfigError(f"--drop-at {request.drop_at}: one of {', '.join(STAGES)}")
+    if not 0 <= request.drop < 1:
+        raise ConfigError(f"--drop {request.drop}: a share of the clients, from 0 to below 1")
     policy = load_policy(request.policy) if request.policy else OPEN_POLICY
     with ExitStack() as stack:
         run = None
@@ -75,6 +77,8 @@ def simulate(request: SimulateRequest, as_json: bool) -> int:
             references = request.references
             if request.out:
                 check_new(request.out)
+        if request.drop and not config.secagg.enabled and request.drop_at != "train":
+            raise ConfigError(f"--drop-at {request.drop_at} is a stage of secure aggregation")
         # Only now the imports that take seconds: wrong flags are told at once.
         from fedtune.simulation.job import text_job
         from fedtune.simulation.run import Options, Simulation, check_same_job, create_run
@@ -95,11 +99,7 @@ def simulate(request: SimulateRequest, as_json: bool) -> int:
         )
         for warning in job.warnings:
             progress.note(warning)
-        dropout = None
-        if request.drop:
-            if not config.secagg.enabled and request.drop_at != "train":
-                raise ConfigError(f"--drop-at {request.drop_at} is a stage of secure aggregation")
-            dropout = Dropout(request.drop, request.drop_at, config.seed)
+        dropout = Dropout(request.drop, request.drop_at, config.seed) if request.drop else None
         options = Options(request.workers, request.wire, references, policy, dropout)
         try:
             outcome = Simulation(job, run, options, progress).execute()

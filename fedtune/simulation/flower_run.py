@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.config import Config
+from fedtune.errors import RunFolderError
 from fedtune.flower.client_app import make_client_app
 from fedtune.report.progress import make_progress
 from fedtune.round.client import ClientMachine
@@ -70,6 +71,9 @@ def _sites(job: Job, context: Context) -> Sites | None:
         return None
     folder = Path(tempfile.gettempdir()) / f"fedtune-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise RunFolderError(f"{folder}: others can use this folder; remove it")
     names = [client.name for client in job.clients]
     return _sites_in(folder / f"{context.run_id}.db", tuple(names))
 

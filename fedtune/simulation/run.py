@@ -118,7 +118,7 @@ class Simulation:
 
         `parties` are by default simulated sites whose memories are in the run's folder.
         """
-        if parties is None and needs_sites(job.config):
+        if parties is None and (needs_sites(job.config) or options.policy != OPEN_POLICY):
             names_of_clients = [client.name for client in job.clients]
             parties = Sites(run.path / names.SITES, names_of_clients, options.policy)
         self._parties = parties
@@ -188,7 +188,8 @@ class Simulation:
 
     def round_lost(self, reason: str) -> None:
         """See `flower.strategy.Observer`."""
-        self._progress.note(f"{reason}; the adapter stays as it was")
+        self._refused.append(f"{reason}; the adapter stays as it was")
+        self._progress.note(self._refused[-1])
 
     def client_refused(self, node: int, reason: str) -> None:
         """See `flower.strategy.Observer`."""

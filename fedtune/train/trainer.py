@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import numpy as np
@@ -36,7 +36,7 @@ class LocalResult:
     there is none that may leave the client.
     """
 
-    adapter: Float32Vector
+    adapter: Float32Vector = field(repr=False)
     loss: float | None
     seconds: float
 

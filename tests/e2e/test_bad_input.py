@@ -95,6 +95,13 @@ CONFIGURATION = [
         "train.lr=1\nseed=7",
         "train.lr",
     ),
+    flag("drop nan", "--drop", "nan", says=("--drop nan", "from 0 to below 1")),
+    flag("drop at nowhere", "--drop", "0.2", "--drop-at", "lunch", says=("lunch", "advertise")),
+    flag(
+        "drop at a stage that there is not",
+        *("--drop", "0.2", "--drop-at", "share", "--set", "secagg.enabled=false"),
+        says=("--drop-at share", "secure aggregation"),
+    ),
     flag("rounds 0", "--rounds", "0", says=("rounds.count", "0")),
     flag("clients 0", "--clients", "0", says=("data.clients", "0")),
     flag("negative seed", "--seed", "-1", says=("seed", "-1")),
