@@ -18,14 +18,14 @@ from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.worker import Worker
 from fedtune.errors import KeyFileError, NetworkError, ServerRefused, ServerUnreachable
 from fedtune.flower.client_app import make_client_app
-from fedtune.flower.envelope import reply, unwrap
+from fedtune.flower.envelope import FAREWELL, reply, unwrap
 from fedtune.flower.internals import quiet
 from fedtune.flower.network import HEARTBEAT_SECONDS, NodeConnection
-from fedtune.flower.strategy import FAREWELL
 
 from flwr.app import Context, Message, RecordDict  # isort: skip
 
-POLL_SECONDS = 0.1
+# While a round is on, and when nothing came for some time.
+POLL_SECONDS, IDLE_POLL_SECONDS, BUSY_SECONDS = 0.04, 0.4, 3.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 PUSH_TRIES = 5
 logger = logging.getLogger(__name__)
@@ -110,11 +110,13 @@ class _Site:
         done = threading.Event()
         beats = threading.Thread(target=self._beat, args=(done,), daemon=True)
         beats.start()
+        heard = time.monotonic()
         try:
             while not self._lost.is_set():
                 message = self._connection.pull()
                 if message is None:
-                    time.sleep(POLL_SECONDS)
+                    busy = time.monotonic() - heard < BUSY_SECONDS
+                    time.sleep(POLL_SECONDS if busy else IDLE_POLL_SECONDS)
                     continue
                 self._refusals = 0
                 if message.metadata.message_type == FAREWELL:
@@ -125,6 +127,7 @@ class _Site:
                         return 0
                 else:
                     self._answer(message)
+                heard = time.monotonic()
             raise ServerUnreachable("no heartbeat gets through")
         finally:
             done.set()

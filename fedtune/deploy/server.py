@@ -45,6 +45,7 @@ from fedtune.train.task import Rows
 
 SETTINGS = "server.toml"
 DATABASE = "superlink.db"
+LARGEST_IN_MEMORY = 1 << 30  # bytes of messages that Flower's SuperLink may have to hold
 LOG = "superlink.log"
 
 
@@ -95,12 +96,14 @@ def run_server(path: Path, progress: Progress) -> Outcome:
     run_path = deployment.find(deployment.listen.run)
     with _open_run(job, run_path) as run:
         listen, keys = deployment.listen, deployment.find(deployment.listen.keys)
+        # One adapter down for all, and at worst every client's update up at a time.
+        held = job.adapter.manifest.size * 4 * (len(deployment.members.transport) + 1)
         doors = Doors(
             listen.host,
             listen.port,
             keys / SERVER_CERTIFICATE,
             keys / SERVER_KEY,
-            run_path / DATABASE,
+            run_path / DATABASE if held > LARGEST_IN_MEMORY else None,
             run_path / LOG,
         )
         with SuperLinkProcess(doors, deployment.members.transport) as link:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedtune.errors import ConfigError, JobError
-from fedtune.flower.network import RunTicket
+from fedtune.flower.runtime import RunTicket, SuperLink
 
 START_SECONDS = 60.0
 ALIVE_SECONDS = 5.0
@@ -34,7 +34,7 @@ class Doors:
     port: int
     certificate: Path
     key: Path
-    database: Path
+    database: Path | None  # None: messages are held in memory
     log: Path
 
 
@@ -48,7 +48,7 @@ class SuperLinkProcess:
             "port": doors.port,
             "certificate": str(doors.certificate),
             "key": str(doors.key),
-            "database": str(doors.database),
+            "database": str(doors.database) if doors.database else "",
             "clients": {name: base64.b64encode(key).decode() for name, key in clients.items()},
         }
         with doors.log.open("ab") as log:
@@ -128,9 +128,7 @@ async def _serve(settings: dict[str, Any], answer: Any) -> None:
 
     outside = _listen(settings["host"], settings["port"])
     inside = _listen("127.0.0.1", 0)
-    from fedtune.flower.network import SuperLink
-
-    link = SuperLink(Path(settings["database"]))
+    link = SuperLink(Path(settings["database"]) if settings["database"] else None)
     link.register({n: base64.b64decode(key) for n, key in settings["clients"].items()})
     ticket = link.begin_run()
     common: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "access_log": False}

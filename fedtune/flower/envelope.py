@@ -13,6 +13,9 @@ RECORD = "fedtune"
 _KEY = "payload"
 _STYPE = "fedtune.v1"
 
+# Flower's type of the message that says that the run is over; its payload says how it went.
+FAREWELL = "query.over"
+
 # Codes of `flwr.app.Error` that a client of ours gives; Flower's own are below 100.
 CLIENT_FAILED = 101
 CLIENT_REFUSED = 102

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from fedtune.flower import internals
 from fedtune.flower.envelope import CLIENT_FAILED
-from fedtune.flower.network import RuntimeGrid, is_unavailable
+from fedtune.flower.runtime import RuntimeGrid, is_unavailable
 
 from flwr.app import Error, Message  # isort: skip
 
-SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.25
+SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.1
 LOOK_SECONDS = 1.0  # between two looks at who is connected
 GONE_SECONDS = 60.0  # disconnected for so long, a client is not waited for
 NEVER = ""

@@ -1,4 +1,4 @@
-"""Flower's network, server's and site's end: every use of a Flower internal for it is here.
+"""The site's end of Flower's network. With `runtime`, every use of a Flower internal for it.
 
 `tests/unit/flower/test_network.py` holds Flower to what is assumed. A site speaks the Fleet API
 as Flower's SuperNode does, but runs only what is installed: it has no code that could fetch or
@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import datetime
 import email.utils
-import os
 import ssl
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import httpx
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.errors import ServerRefused, ServerUnreachable
@@ -26,7 +21,7 @@ from fedtune.flower import internals
 
 from flwr.app import Message  # isort: skip
 from flwr.app.message import remove_content_from_message  # isort: skip
-from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode  # isort: skip
+from flwr.common.constant import TIMESTAMP_HEADER  # isort: skip
 from flwr.common.serde import message_from_proto, message_to_proto  # isort: skip
 from flwr.proto.fleet_pb2 import (  # isort: skip
     ActivateNodeRequest,
@@ -40,10 +35,6 @@ from flwr.proto.message_pb2 import (  # isort: skip
     ObjectTree,
 )
 from flwr.proto.node_pb2 import Node as ProtoNode  # isort: skip
-from flwr.proto.runtime_pb2 import (  # isort: skip
-    PullAppMessagesRequest,
-    PushAppMessagesRequest,
-)
 from flwr.supercore.constant import (  # isort: skip
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
@@ -64,26 +55,14 @@ from flwr.supercore.inflatable.inflatable_utils import (  # isort: skip
     pull_objects,
     push_objects,
 )
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor  # isort: skip
 from flwr.supercore.interceptors.http.utils import add_headers  # isort: skip
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message  # isort: skip
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext  # isort: skip
-from flwr.supercore.run import Run  # isort: skip
-from flwr.supercore.runtime import RuntimeHttpClient  # isort: skip
-from flwr.superlink.grid import HttpGrid  # isort: skip
 from flwr.supernode.fleet_http_client import FleetHttpClient  # isort: skip
 
 HEARTBEAT_SECONDS = 10.0  # Flower's least; a site that is silent for twice as long is offline
-FLEET = "/v1/fleet/"
-RUNTIME = "/v1/runtime/"
-# Registering is the operator's: the roster says who may connect.
-_CLOSED = ("/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet/get-fab")
-LARGEST_REQUEST = 64 << 20  # Flower sends objects in pieces of 5 MiB
 
 LARGEST_INLINE = 256 << 10  # bytes of content that go with the head of a message
-
-Scope = Mapping[str, Any]
-ASGI = Callable[..., Awaitable[None]]
 
 
 class _SignedTime:
@@ -151,7 +130,7 @@ class NodeConnection:
             public_key=self._public_key, heartbeat_interval=HEARTBEAT_SECONDS
         )
         try:
-            with _translated():
+            with translated():
                 self._node = ProtoNode(node_id=self._client.ActivateNode(request).node_id)
         except ServerRefused as error:
             if not isinstance(error.__cause__, httpx.HTTPStatusError):
@@ -164,19 +143,19 @@ class NodeConnection:
     def beat(self) -> None:
         """Say that this site is still there."""
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_SECONDS)
-        with _translated():
+        with translated():
             if not self._client.SendNodeHeartbeat(request).success:
                 raise ServerRefused("the server does not know this connection any more")
 
     def pull(self) -> Message | None:
         """The next message for this site, whole, if there is one."""
-        with _translated():
+        with translated():
             response = self._client.PullMessages(PullMessagesRequest(node=self._node))
             if not response.messages_list:
                 return None
             head = message_from_proto(response.messages_list[0])
             run_id = head.metadata.run_id
-            message = _whole(
+            message = whole(
                 head,
                 response.message_object_trees[0],
                 make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id),
@@ -192,24 +171,24 @@ class NodeConnection:
     def push(self, answer: Message, seconds: float) -> None:
         """Send an answer."""
         internals.set_message_id(answer, answer.object_id)
-        head, tree, objects = _parts(answer)
+        head, tree, objects = parts_of(answer)
         request = PushMessagesRequest(
             node=self._node,
             messages_list=[message_to_proto(head)],
             message_object_trees=[tree],
             clientapp_runtime_list=[seconds],
         )
-        with _translated():
+        with translated():
             response = self._client.PushMessages(request)
             push = make_push_object_fn_protobuf(
                 self._client.PushObject, self._node, answer.metadata.run_id, response.session_id
             )
-            _push(objects, push, set(response.objects_to_push))
+            push_parts(objects, push, set(response.objects_to_push))
 
     def leave(self) -> None:
         """Say that this site goes; nothing is raised if nobody hears it."""
         try:
-            with _translated():
+            with translated():
                 self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
         except (ServerRefused, ServerUnreachable):
             pass
@@ -219,12 +198,7 @@ class NodeConnection:
         self._client.close()
 
 
-def is_unavailable(answer: Message) -> bool:
-    """Whether Flower answers in a client's place, because it is not connected."""
-    return answer.has_error() and answer.error.code == ErrorCode.NODE_UNAVAILABLE
-
-
-def _parts(message: Message) -> tuple[Message, ObjectTree, dict[str, InflatableObject]]:
+def parts_of(message: Message) -> tuple[Message, ObjectTree, dict[str, InflatableObject]]:
     """What is sent of a message: its head, the tree of its objects, and the objects.
 
     Flower sends each of a message's five or more objects by a request of its own. The content of
@@ -238,7 +212,7 @@ def _parts(message: Message) -> tuple[Message, ObjectTree, dict[str, InflatableO
     return head, get_object_tree(message), get_all_nested_objects(message)
 
 
-def _push(
+def push_parts(
     objects: dict[str, InflatableObject], push: Callable[[str, bytes], None], missing: set[str]
 ) -> None:
     inline = len(objects) == 1
@@ -250,7 +224,7 @@ def _push(
         # Its message was seen, taken and crossed off already: the content was with the head.
 
 
-def _whole(head: Message, tree: ObjectTree, pull: Callable[[str], bytes]) -> Message:
+def whole(head: Message, tree: ObjectTree, pull: Callable[[str], bytes]) -> Message:
     """The message of a head that was pulled, and of its objects if it came without content."""
     if not tree.children:
         return head
@@ -263,7 +237,7 @@ def _whole(head: Message, tree: ObjectTree, pull: Callable[[str], bytes]) -> Mes
     return found
 
 
-class _translated:
+class translated:
     """What goes wrong on the way, as errors that say what an operator can do."""
 
     def __enter__(self) -> None:
@@ -287,168 +261,3 @@ class _translated:
             ) from error
         if isinstance(error, (RuntimeError, ValueError, TypeError)):
             raise ServerRefused(f"the server's answer makes no sense: {error}") from error
-
-
-@dataclass(frozen=True)
-class RunTicket:
-    """What it takes to send messages in a run of a SuperLink."""
-
-    run_id: int
-    token: str
-
-
-class RuntimeGrid(HttpGrid):
-    """The server's end: sends and receives in one run of a SuperLink on this machine."""
-
-    def __init__(self, address: str, ticket: RunTicket) -> None:
-        super().__init__(address, insecure=True, token=ticket.token)
-        self.set_run(Run.create_empty(ticket.run_id))
-        self._run_id = ticket.run_id
-        internals.become_task(ticket.run_id, internals.SERVER_NODE)
-
-    def _connect(self) -> None:
-        # Without Flower's retries: they go on for ever if its process has ended, and end this
-        # one by a signal if the token is not accepted.
-        self._client = RuntimeHttpClient.from_server_address(
-            self._addr, True, None, [RuntimeTokenHttpInterceptor(token=self._token)]
-        )
-
-    def activations(self) -> dict[int, str]:
-        """Who is connected, and since when (ISO 8601); raises `ServerUnreachable`."""
-        with _translated():
-            return {node.node_id: node.last_activated_at for node in self.get_nodes()}
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send messages; their ids. Raises `ServerUnreachable` or `ServerRefused`."""
-        ids: list[str] = []
-        for message in messages:
-            internals.set_message_id(message, message.object_id)
-            head, tree, objects = _parts(message)
-            request = PushAppMessagesRequest(
-                messages_list=[message_to_proto(head)], message_object_trees=[tree]
-            )
-            with _translated():
-                response = self._runtime_client.PushMessages(request)
-                push = make_push_object_fn_protobuf(
-                    self._runtime_client.PushObject, self.node, self._run_id, response.session_id
-                )
-                _push(objects, push, set(response.objects_to_push))
-            ids += response.message_ids
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The answers that are there; as Flower's own, but without its pauses."""
-        answers = []
-        with _translated():
-            response = self._runtime_client.PullMessages(
-                PullAppMessagesRequest(message_ids=message_ids)
-            )
-            heads = zip(response.messages_list, response.message_object_trees, strict=True)
-            for head, tree in heads:
-                message_id = head.metadata.message_id
-                answer = _whole(
-                    message_from_proto(head),
-                    tree,
-                    make_pull_object_fn_protobuf(
-                        self._runtime_client.PullObject, self.node, self._run_id
-                    ),
-                )
-                self._runtime_client.ConfirmMessageReceived(
-                    ConfirmMessageReceivedRequest(
-                        node=self.node, run_id=self._run_id, message_object_id=message_id
-                    )
-                )
-                answers.append(answer)
-        return answers
-
-
-class SuperLink:
-    """Flower's SuperLink in this process, without the doors that nobody needs.
-
-    Its database begins anew with each start: what a federation must not forget is in the journal.
-    """
-
-    def __init__(self, database: Path) -> None:
-        for file in (database, *database.parent.glob(f"{database.name}-*")):
-            file.unlink(missing_ok=True)
-        os.environ["FLWR_DATABASE"] = str(database)
-        from flwr.superlink.main import create_app  # over a second
-
-        self._app: Any = create_app()
-        self._app.state.enable_supernode_auth = True
-        # Nobody holds it: tasks are claimed in this process only.
-        self._app.state.superexec_auth_secret = os.urandom(32)
-        self._state: Any = self._app.state.linkstate_factory.state()
-        self._task = 0
-        activate = self._state.activate_node
-
-        def take_over(node_id: int, heartbeat_interval: float) -> bool:
-            # A site that was killed comes back before its silence was noticed.
-            self._state.deactivate_node(node_id)
-            found: bool = activate(node_id, heartbeat_interval)
-            return found
-
-        self._state.activate_node = take_over
-
-    def register(self, clients: Mapping[str, bytes]) -> None:
-        """Let clients connect, by name and public key (DER, SubjectPublicKeyInfo)."""
-        from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
-
-        for name, der in clients.items():
-            key = serialization.load_der_public_key(der)
-            if not isinstance(key, ec.EllipticCurvePublicKey):
-                raise TypeError(f"the transport key of {name} is not an elliptic-curve key")
-            self._state.create_node(
-                NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key_to_bytes(key), 0, name=name
-            )
-
-    def begin_run(self) -> RunTicket:
-        """A run in which messages can be sent until `alive` was not called for long."""
-        from flwr.common.constant import NOOP_FLWR_AID
-        from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
-
-        run_id = self._state.create_run(
-            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
-        )
-        self._task = self._state.get_run_info(run_ids=[run_id])[0].primary_task_id
-        token = self._state.claim_task(self._task)
-        if token is None or not self._state.activate_task(self._task):
-            raise RuntimeError("Flower does not start a run")
-        return RunTicket(run_id, token)
-
-    def alive(self) -> bool:
-        """Keep the run going."""
-        found: bool = self._state.acknowledge_task_heartbeat(self._task)
-        return found
-
-    @property
-    def for_sites(self) -> ASGI:
-        """What sites can reach."""
-        return _only(self._app, FLEET, _CLOSED)
-
-    @property
-    def for_server(self) -> ASGI:
-        """What the server's own process can reach, with its token."""
-        return _only(self._app, RUNTIME, ())
-
-
-def _only(app: ASGI, prefix: str, closed: tuple[str, ...]) -> ASGI:
-    async def filtered(scope: Scope, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        path, length = scope["path"], dict(scope["headers"]).get(b"content-length", b"")
-        if not path.startswith(prefix) or path in closed:
-            await _answer(send, 404, b"not here\n")
-        elif not length.isdigit() or int(length) > LARGEST_REQUEST:
-            # Without a length there is no end to it: none of ours is sent in that way.
-            await _answer(send, 413, b"too large, or of no length\n")
-        else:
-            await app(scope, receive, send)
-
-    return filtered
-
-
-async def _answer(send: Any, status: int, body: bytes) -> None:
-    headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

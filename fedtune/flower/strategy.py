@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedtune.errors import LateMessage, RoundLost, TooFewClients, WireError
-from fedtune.flower.envelope import RECORD, unwrap, wrap
+from fedtune.flower.envelope import FAREWELL, RECORD, unwrap, wrap
 from fedtune.records import RoundRecord
 from fedtune.round.federation import Federation, Score
 from fedtune.round.server import Exchange, ServerRound, reasons
@@ -23,7 +23,6 @@ from fedtune.wire.context import check_context
 JOIN_POLL_SECONDS = 0.5
 FAREWELL_SECONDS = 5.0
 TRAINING = "train"
-FAREWELL = f"{MessageType.QUERY}.over"  # the run is over; its payload says how it went
 CONVERSATION = f"{MessageType.QUERY}.secagg"  # messages of a round that ask for no training
 # Says who, as a rehearsal, is not there any more: round, stage, names of the cohort.
 Absences = Callable[[int, str, list[str]], Iterable[str]]

@@ -29,7 +29,8 @@ from fedtune.errors import ConfigError, ServerRefused, ServerUnreachable
 from fedtune.flower import fleet_grid
 from fedtune.flower.envelope import reply, unwrap, wrap
 from fedtune.flower.fleet_grid import FleetGrid
-from fedtune.flower.network import NodeConnection, RunTicket
+from fedtune.flower.network import NodeConnection
+from fedtune.flower.runtime import RunTicket
 
 _FORK = multiprocessing.get_context("fork")
 DEADLINE = 30.0
@@ -38,8 +39,8 @@ DEADLINE = 30.0
 class Network:
     """A SuperLink that two sites, `a` and `b`, may connect to."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, on_disk: bool = False) -> None:
+        self.folder, self._on_disk = folder, on_disk
         make_server_keys(folder / "server", ["127.0.0.1"])
         public = [make_site_keys(folder / name, name) for name in ("a", "b")]
         members = make_roster(folder / "roster.toml", folder / "server", public)
@@ -48,13 +49,14 @@ class Network:
         self._sites: list[Any] = []
 
     def doors(self, port: int) -> Doors:
+        """On disk or in memory: the tests are divided between the two."""
         keys = self.folder / "server"
         return Doors(
             "127.0.0.1",
             port,
             keys / SERVER_CERTIFICATE,
             keys / SERVER_KEY,
-            self.folder / "superlink.db",
+            self.folder / "superlink.db" if self._on_disk else None,
             self.folder / "superlink.log",
         )
 
@@ -107,9 +109,9 @@ class Network:
         self.link.close()
 
 
-@pytest.fixture
-def network(tmp_path: Path) -> Iterator[Network]:
-    made = Network(tmp_path)
+@pytest.fixture(params=[False, True], ids=["memory", "disk"])
+def network(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Network]:
+    made = Network(tmp_path, request.param)
     yield made
     made.close()
 

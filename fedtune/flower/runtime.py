@@ -1,0 +1,214 @@
+"""The server's end of Flower's network. With `network`, every use of a Flower internal for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune.flower import internals
+from fedtune.flower.network import parts_of, push_parts, translated, whole
+
+from flwr.app import Message  # isort: skip
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, ErrorCode  # isort: skip
+from flwr.common.serde import message_from_proto, message_to_proto  # isort: skip
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest  # isort: skip
+from flwr.proto.runtime_pb2 import (  # isort: skip
+    PullAppMessagesRequest,
+    PushAppMessagesRequest,
+)
+from flwr.supercore.constant import (  # isort: skip
+    FLWR_IN_MEMORY_DB_NAME,
+    NOOP_FEDERATION_ID,
+    TaskType,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (  # isort: skip
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor  # isort: skip
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes  # isort: skip
+from flwr.supercore.run import Run  # isort: skip
+from flwr.supercore.runtime import RuntimeHttpClient  # isort: skip
+from flwr.superlink.grid import HttpGrid  # isort: skip
+
+FLEET = "/v1/fleet/"
+RUNTIME = "/v1/runtime/"
+# Registering is the operator's: the roster says who may connect.
+_CLOSED = ("/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet/get-fab")
+LARGEST_REQUEST = 64 << 20  # Flower sends objects in pieces of 5 MiB
+
+Scope = Mapping[str, Any]
+ASGI = Callable[..., Awaitable[None]]
+
+
+def is_unavailable(answer: Message) -> bool:
+    """Whether Flower answers in a client's place, because it is not connected."""
+    return answer.has_error() and answer.error.code == ErrorCode.NODE_UNAVAILABLE
+
+
+@dataclass(frozen=True)
+class RunTicket:
+    """What it takes to send messages in a run of a SuperLink."""
+
+    run_id: int
+    token: str
+
+
+class RuntimeGrid(HttpGrid):
+    """The server's end: sends and receives in one run of a SuperLink on this machine."""
+
+    def __init__(self, address: str, ticket: RunTicket) -> None:
+        super().__init__(address, insecure=True, token=ticket.token)
+        self.set_run(Run.create_empty(ticket.run_id))
+        self._run_id = ticket.run_id
+        internals.become_task(ticket.run_id, internals.SERVER_NODE)
+
+    def _connect(self) -> None:
+        # Without Flower's retries: they go on for ever if its process has ended, and end this
+        # one by a signal if the token is not accepted.
+        self._client = RuntimeHttpClient.from_server_address(
+            self._addr, True, None, [RuntimeTokenHttpInterceptor(token=self._token)]
+        )
+
+    def activations(self) -> dict[int, str]:
+        """Who is connected, and since when (ISO 8601); raises `ServerUnreachable`."""
+        with translated():
+            return {node.node_id: node.last_activated_at for node in self.get_nodes()}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages; their ids. Raises `ServerUnreachable` or `ServerRefused`."""
+        ids: list[str] = []
+        for message in messages:
+            internals.set_message_id(message, message.object_id)
+            head, tree, objects = parts_of(message)
+            request = PushAppMessagesRequest(
+                messages_list=[message_to_proto(head)], message_object_trees=[tree]
+            )
+            with translated():
+                response = self._runtime_client.PushMessages(request)
+                push = make_push_object_fn_protobuf(
+                    self._runtime_client.PushObject, self.node, self._run_id, response.session_id
+                )
+                push_parts(objects, push, set(response.objects_to_push))
+            ids += response.message_ids
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The answers that are there; as Flower's own, but without its pauses."""
+        answers = []
+        with translated():
+            response = self._runtime_client.PullMessages(
+                PullAppMessagesRequest(message_ids=message_ids)
+            )
+            heads = zip(response.messages_list, response.message_object_trees, strict=True)
+            for head, tree in heads:
+                message_id = head.metadata.message_id
+                answer = whole(
+                    message_from_proto(head),
+                    tree,
+                    make_pull_object_fn_protobuf(
+                        self._runtime_client.PullObject, self.node, self._run_id
+                    ),
+                )
+                self._runtime_client.ConfirmMessageReceived(
+                    ConfirmMessageReceivedRequest(
+                        node=self.node, run_id=self._run_id, message_object_id=message_id
+                    )
+                )
+                answers.append(answer)
+        return answers
+
+
+class SuperLink:
+    """Flower's SuperLink in this process, without the doors that nobody needs.
+
+    Its state begins anew with each start: what a federation must not forget is in the journal.
+    """
+
+    def __init__(self, database: Path | None) -> None:
+        """Messages are held in memory, or in the SQLite file `database`, which is slower."""
+        if database is not None:
+            for file in (database, *database.parent.glob(f"{database.name}-*")):
+                file.unlink(missing_ok=True)
+        os.environ["FLWR_DATABASE"] = str(database or FLWR_IN_MEMORY_DB_NAME)
+        from flwr.superlink.main import create_app  # over a second
+
+        self._app: Any = create_app()
+        self._app.state.enable_supernode_auth = True
+        # Nobody holds it: tasks are claimed in this process only.
+        self._app.state.superexec_auth_secret = os.urandom(32)
+        self._state: Any = self._app.state.linkstate_factory.state()
+        self._task = 0
+        activate = self._state.activate_node
+
+        def take_over(node_id: int, heartbeat_interval: float) -> bool:
+            # A site that was killed comes back before its silence was noticed.
+            self._state.deactivate_node(node_id)
+            found: bool = activate(node_id, heartbeat_interval)
+            return found
+
+        self._state.activate_node = take_over
+
+    def register(self, clients: Mapping[str, bytes]) -> None:
+        """Let clients connect, by name and public key (DER, SubjectPublicKeyInfo)."""
+        for name, der in clients.items():
+            key = serialization.load_der_public_key(der)
+            if not isinstance(key, ec.EllipticCurvePublicKey):
+                raise TypeError(f"the transport key of {name} is not an elliptic-curve key")
+            self._state.create_node(
+                NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key_to_bytes(key), 0, name=name
+            )
+
+    def begin_run(self) -> RunTicket:
+        """A run in which messages can be sent until `alive` was not called for long."""
+        run_id = self._state.create_run(
+            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        self._task = self._state.get_run_info(run_ids=[run_id])[0].primary_task_id
+        token = self._state.claim_task(self._task)
+        if token is None or not self._state.activate_task(self._task):
+            raise RuntimeError("Flower does not start a run")
+        return RunTicket(run_id, token)
+
+    def alive(self) -> bool:
+        """Keep the run going."""
+        found: bool = self._state.acknowledge_task_heartbeat(self._task)
+        return found
+
+    @property
+    def for_sites(self) -> ASGI:
+        """What sites can reach."""
+        return _only(self._app, FLEET, _CLOSED)
+
+    @property
+    def for_server(self) -> ASGI:
+        """What the server's own process can reach, with its token."""
+        return _only(self._app, RUNTIME, ())
+
+
+def _only(app: ASGI, prefix: str, closed: tuple[str, ...]) -> ASGI:
+    async def filtered(scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        path, length = scope["path"], dict(scope["headers"]).get(b"content-length", b"")
+        if not path.startswith(prefix) or path in closed:
+            await _answer(send, 404, b"not here\n")
+        elif not length.isdigit() or int(length) > LARGEST_REQUEST:
+            # Without a length there is no end to it: none of ours is sent in that way.
+            await _answer(send, 413, b"too large, or of no length\n")
+        else:
+            await app(scope, receive, send)
+
+    return filtered
+
+
+async def _answer(send: Any, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
