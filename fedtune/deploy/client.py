@@ -16,9 +16,15 @@ from typing import Protocol
 
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.worker import Worker
-from fedtune.errors import KeyFileError, NetworkError, ServerRefused, ServerUnreachable
+from fedtune.errors import (
+    KeyFileError,
+    NetworkError,
+    ServerRefused,
+    ServerUnreachable,
+    WireError,
+)
 from fedtune.flower.client_app import make_client_app
-from fedtune.flower.envelope import FAREWELL, reply, unwrap
+from fedtune.flower.envelope import CLIENT_REFUSED, FAREWELL, failure, reply, unwrap
 from fedtune.flower.internals import quiet
 from fedtune.flower.network import HEARTBEAT_SECONDS, NodeConnection
 
@@ -28,6 +34,7 @@ from flwr.app import Context, Message, RecordDict  # isort: skip
 POLL_SECONDS, IDLE_POLL_SECONDS, BUSY_SECONDS = 0.04, 0.4, 3.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 PUSH_TRIES = 5
+LONGEST_FAREWELL = 200
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +44,7 @@ class Say(Protocol):
     def __call__(self, text: str) -> None: ...
 
 
-class _Stopped(Exception):
+class _Stopped(BaseException):
     """Someone ends this process."""
 
 
@@ -119,14 +126,10 @@ class _Site:
                     time.sleep(POLL_SECONDS if busy else IDLE_POLL_SECONDS)
                     continue
                 self._refusals = 0
-                if message.metadata.message_type == FAREWELL:
-                    self._push(reply(message, b""), 0.0)
-                    self._say(f"the run is over: {unwrap(message).decode()}")
-                    if self._once:
-                        self._connection.leave()
-                        return 0
-                else:
-                    self._answer(message)
+                self._answer(message)
+                if message.metadata.message_type == FAREWELL and self._once:
+                    self._connection.leave()
+                    return 0
                 heard = time.monotonic()
             raise ServerUnreachable("no heartbeat gets through")
         finally:
@@ -137,13 +140,27 @@ class _Site:
         metadata = message.metadata
         context = Context(metadata.run_id, metadata.dst_node_id, {}, RecordDict(), {})
         started = time.monotonic()
-        answer = self._app(message, context)
+        if metadata.message_type == FAREWELL:
+            answer = self._take_leave(message)
+        else:
+            try:
+                answer = self._app(message, context)
+            except ValueError as error:  # Flower's, for a type of message that nobody registered
+                answer = failure(message, CLIENT_REFUSED, f"not a question for a site: {error}")
         what = f"round {metadata.group_id}: {metadata.message_type}" if metadata.group_id else ""
         if answer.has_error():
             self._say(f"{what or metadata.message_type} refused: {answer.error.reason}")
         elif metadata.message_type == "train":
             self._say(f"{what}ed in {time.monotonic() - started:.1f} s")
         self._push(answer, time.monotonic() - started)
+
+    def _take_leave(self, message: Message) -> Message:
+        try:
+            words = unwrap(message)[:LONGEST_FAREWELL].decode(errors="replace")
+        except WireError as error:
+            return failure(message, CLIENT_REFUSED, str(error))
+        self._say(f"the run is over: {words}")
+        return reply(message, b"")
 
     def _push(self, answer: Message, seconds: float) -> None:
         for tried in range(1, PUSH_TRIES + 1):

@@ -50,7 +50,9 @@ def client(file: Path, once: bool) -> int:
 
 def _say(text: str) -> None:
     time = datetime.datetime.now().astimezone().strftime("%H:%M:%S")
-    print(f"{time} {' '.join(text.split())}", file=sys.stderr, flush=True)
+    # Some of it comes from the server, and must not command this terminal.
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    print(f"{time} {line}", file=sys.stderr, flush=True)
 
 
 def _require(*packages: str) -> None:

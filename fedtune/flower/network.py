@@ -16,7 +16,7 @@ from collections.abc import Callable
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.errors import ServerRefused, ServerUnreachable
+from fedtune.errors import FedtuneError, ServerRefused, ServerUnreachable
 from fedtune.flower import internals
 
 from flwr.app import Message  # isort: skip
@@ -259,5 +259,8 @@ class translated:
             raise ServerRefused(
                 f"the server answers {status}: {error.response.text[:200]}"
             ) from error
-        if isinstance(error, (RuntimeError, ValueError, TypeError)):
-            raise ServerRefused(f"the server's answer makes no sense: {error}") from error
+        if isinstance(error, Exception) and not isinstance(error, FedtuneError):
+            # Flower raises anything for content that is not what it expects.
+            raise ServerRefused(
+                f"the other side's answer makes no sense: {type(error).__name__}: {error}"
+            ) from error

@@ -13,8 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
+from fedtune.deploy.client import _Site
 from fedtune.deploy.keys import (
     AUTHORITY,
     SERVER_CERTIFICATE,
@@ -25,7 +26,7 @@ from fedtune.deploy.keys import (
     read_site_keys,
 )
 from fedtune.deploy.superlink import Doors, SuperLinkProcess
-from fedtune.errors import ConfigError, ServerRefused, ServerUnreachable
+from fedtune.errors import ConfigError, ProtocolViolation, ServerRefused, ServerUnreachable
 from fedtune.flower import fleet_grid
 from fedtune.flower.envelope import reply, unwrap, wrap
 from fedtune.flower.fleet_grid import FleetGrid
@@ -233,6 +234,61 @@ def test_nobody_answers(network: Network) -> None:
 def test_a_port_that_is_taken_is_told(network: Network) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{network.link.port}"):
         SuperLinkProcess(network.doors(network.link.port), {})
+
+
+class _Machine:
+    """Answers by what it was asked."""
+
+    def hello(self, payload: bytes) -> bytes:
+        return b"hello " + payload
+
+    def converse(self, payload: bytes) -> bytes:
+        raise ProtocolViolation("not now")
+
+    def train(self, payload: bytes) -> bytes:
+        raise RuntimeError("a text of a patient")
+
+    def evaluate(self, payload: bytes) -> bytes:
+        return b"score"
+
+
+def test_a_site_answers_whatever_it_is_asked(network: Network, tmp_path: Path) -> None:
+    """Nonsense and failures end in an answer with an error, and the site goes on."""
+    said = tmp_path / "said"
+
+    def say(text: str) -> None:
+        with said.open("a") as file:
+            file.write(f"{text}\n")
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        connection = network.connection("a")
+        os._exit(_Site(connection, _Machine(), False, say, "the server").run())
+
+    process = _FORK.Process(target=work, daemon=True)
+    process.start()
+    network._sites.append(process)
+    network.wait(lambda: len(network.grid.activations()) == 1)
+    [node] = network.grid.activations()
+
+    def ask(kind: str, content: RecordDict) -> Message:
+        message = Message(content, node, kind, group_id="1")
+        [answer] = network.grid.send_and_receive([message], timeout=DEADLINE)
+        return answer
+
+    for kind, content, reason in (
+        ("query.nonsense", wrap(b"?"), "not a question for a site"),
+        ("train.elsewhere", wrap(b"?"), "not a question for a site"),
+        ("query", RecordDict(), "without a fedtune payload"),
+        ("query.secagg", wrap(b"?"), "not now"),
+        ("query.over", RecordDict(), "without a fedtune payload"),
+    ):
+        assert reason in ask(kind, content).error.reason, kind
+    # What an exception quotes stays at home.
+    assert ask("train", wrap(b"?")).error.reason == "raised RuntimeError"
+    assert unwrap(ask("query", wrap(b"you"))) == b"hello you"
+    assert unwrap(ask("evaluate", wrap(b""))) == b"score"
+    assert process.is_alive()
 
 
 def test_old_versions_of_tls_are_refused(network: Network) -> None:
