@@ -92,7 +92,6 @@ class FederatedFineTuning(Strategy):
         self._gather(grid)
         self._started = time.perf_counter()
         self._grid = grid
-        self._bytes_down = 0
         self._lost = ""
         self._open, exchange = self._federation.open_round()
         following: Exchange | None = exchange
@@ -128,7 +127,7 @@ class FederatedFineTuning(Strategy):
         request = codec.encode_evaluate_request(
             codec.EvaluateRequest(opened.context, self._adapter.astype("<f4").tobytes())
         )
-        self._bytes_down += len(request) * len(testers)
+        opened.bytes_down += len(request) * len(testers)
         names = [member.name for member in testers]
         return self._messages(dict.fromkeys(names, request), MessageType.EVALUATE)
 
@@ -139,7 +138,7 @@ class FederatedFineTuning(Strategy):
         if self._federation.evaluates(opened.context.round):
             score = self._evaluate(self._adapter) if self._evaluate else self._merge(replies)
         seconds = time.perf_counter() - self._started
-        record = self._federation.commit(opened, score, self._bytes_down, seconds)
+        record = self._federation.commit(opened, score, opened.bytes_down, seconds)
         self._open = None
         self._observer.round_committed(record)
         return MetricRecord()
@@ -228,7 +227,7 @@ class FederatedFineTuning(Strategy):
             for name in self._absences(opened.context.round, exchange.stage, cohort):
                 if requests.pop(name, None) is not None:
                     opened.fail(name, "absent, as rehearsed")
-        self._bytes_down += sum(map(len, requests.values()))
+        opened.bytes_down += sum(map(len, requests.values()))
         kind = MessageType.TRAIN if self._trained else CONVERSATION
         return self._messages(requests, kind)
 

@@ -70,6 +70,7 @@ class MaskedRound:
     repeated: bool = False
     failed: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
+    bytes_down: int = 0
     train_seconds: float = 0.0
     _pending: list[str] = field(default_factory=list)
     _stage: str = ""
@@ -107,7 +108,8 @@ class MaskedRound:
             tensors["total"],
         )
         self.failed = notes["failed"]
-        self.bytes_up, self.train_seconds = notes["bytes_up"], notes["train_seconds"]
+        self.bytes_up, self.bytes_down = notes["bytes_up"], notes["bytes_down"]
+        self.train_seconds = notes["train_seconds"]
         self._session = total.session
         self._aggregation = Aggregation.resume(total, self.authority.roster, self._terms)
         return self._ask_survivors(total)
@@ -257,6 +259,7 @@ class MaskedRound:
             "ring": sealed.ring.bits,
             "failed": self.failed,
             "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
             "train_seconds": self.train_seconds,
         }
         text = np.frombuffer(json.dumps(notes).encode(), np.uint8)

@@ -73,6 +73,7 @@ class ServerRound(Protocol):
     cohort: Sequence[Member]
     failed: dict[str, str]
     bytes_up: int
+    bytes_down: int  # counted by whoever sends
     train_seconds: float
 
     def begin(self, adapter: Float32Vector) -> Exchange:
@@ -114,6 +115,7 @@ class PlainRound:
     tells_losses: bool = True  # not under record-level privacy, where losses stay at home
     failed: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
+    bytes_down: int = 0
     train_seconds: float = 0.0
     _losses: dict[str, tuple[float, int]] = field(default_factory=dict)
 

@@ -500,7 +500,8 @@ class TestApi:
         assert code == 1
         last = ended.stderr.strip().splitlines()[-1]
         assert last.startswith("fedtune: the run failed: round ")
-        assert "clinic-0: the loss or the adapter is no longer finite; lower train.lr" in last
+        assert "clinic-0, clinic-1 and 2 more: the loss or the adapter is no longer finite" in last
+        assert "lower train.lr" in last
         assert read_summary(launcher.folder / "run")["status"] == "failed"
 
     def test_what_a_run_gives_back_is_what_its_folder_holds(self, tmp_path: Path) -> None:

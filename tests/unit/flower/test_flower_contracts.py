@@ -189,15 +189,8 @@ class _Raising:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-
-def _app_answer(error: Exception, monkeypatch, disclose: bool = False) -> Message:
-    from fedtune.flower.client_app import ClientMachine
-
-    def fail(_machine: object, _payload: bytes) -> bytes:
-        raise error
-
-    monkeypatch.setattr(ClientMachine, "train", fail)
-    return _answer(_Raising(error), disclose=disclose)
+    def train(self, _payload: bytes) -> bytes:
+        raise self._error
 
 
 @pytest.mark.parametrize(
@@ -208,16 +201,16 @@ def _app_answer(error: Exception, monkeypatch, disclose: bool = False) -> Messag
         (ClientFailure("lost"), CLIENT_FAILED),
     ],
 )
-def test_errors_of_fedtune_reach_the_server_in_their_own_words(error, code, monkeypatch):
-    answer = _app_answer(error, monkeypatch)
+def test_errors_of_fedtune_reach_the_server_in_their_own_words(error, code):
+    answer = _answer(_Raising(error))
     assert (answer.error.code, answer.error.reason) == (code, str(error))
 
 
-def test_any_other_error_is_only_named(monkeypatch):
-    answer = _app_answer(KeyError("patient 4711"), monkeypatch)
+def test_any_other_error_is_only_named():
+    answer = _answer(_Raising(KeyError("patient 4711")))
     assert "KeyError" in answer.error.reason
     assert "4711" not in answer.error.reason
-    told = _app_answer(KeyError("patient 4711"), monkeypatch, disclose=True)
+    told = _answer(_Raising(KeyError("patient 4711")), disclose=True)
     assert "KeyError" in told.error.reason
     assert "4711" in told.error.reason
 
