@@ -63,7 +63,7 @@ def run_client(path: Path, once: bool, say: Say) -> int:
     with ExitStack() as stack:
         worker = stack.enter_context(Worker(path))
         say(f"{site.name}: {worker.words}; roster {members.roster.digest.hex()[:16]}")
-        connection = NodeConnection(site.server, authority, keys.transport)
+        connection = NodeConnection(site.server, authority, keys.transport, worker.largest)
         stack.callback(connection.close)
         try:
             return _Site(connection, worker, once, say, site.server).run()

@@ -45,6 +45,7 @@ from fedtune.train.task import Rows
 
 SETTINGS = "server.toml"
 DATABASE = "superlink.db"
+LARGEST_REST = 1 << 20  # bytes of an answer that are not values
 LARGEST_IN_MEMORY = 1 << 30  # bytes of messages that Flower's SuperLink may have to hold
 LOG = "superlink.log"
 
@@ -117,7 +118,9 @@ def run_server(path: Path, progress: Progress) -> Outcome:
                 ],
                 job.config.rounds.count,
             )
-            grid = FleetGrid(link.address, link.ticket)
+            # Values under masks have at most 62 bits.
+            largest = job.adapter.manifest.size * 8 + LARGEST_REST
+            grid = FleetGrid(link.address, link.ticket, largest)
             options = Options(workers=0, patience=listen.patience)
             simulation = Simulation(job, run, options, progress, grid=grid, parties=deployment)
             outcome = simulation.execute()

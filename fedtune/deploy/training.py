@@ -39,7 +39,9 @@ def main() -> NoReturn:
     except FedtuneError as error:
         write_frame(answers, FAILURE, str(error).encode())
         sys.exit(2)
-    write_frame(answers, READY, json.dumps({"words": words}).encode())
+    write_frame(
+        answers, READY, json.dumps({"words": words, "largest": machine.largest_request}).encode()
+    )
     while (request := read_frame(requests)) is not None:
         question, payload = request
         try:

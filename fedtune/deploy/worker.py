@@ -41,7 +41,9 @@ class Worker:
         if kind != READY:
             self.close()
             raise UsageError(said.decode())
-        self.words: str = json.loads(said)["words"]
+        ready = json.loads(said)
+        self.words: str = ready["words"]
+        self.largest: int = ready["largest"]  # bytes of a request that it could ever take
 
     def hello(self, payload: bytes) -> bytes:
         """See `ClientMachine.hello`."""

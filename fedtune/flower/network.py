@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import email.utils
+import json
 import ssl
 from base64 import b64encode
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedtune.errors import FedtuneError, ServerRefused, ServerUnreachable
 from fedtune.flower import internals
 
-from flwr.app import Message  # isort: skip
+from flwr.app import Array, Message  # isort: skip
 from flwr.app.message import remove_content_from_message  # isort: skip
 from flwr.common.constant import TIMESTAMP_HEADER  # isort: skip
 from flwr.common.serde import message_from_proto, message_to_proto  # isort: skip
@@ -42,7 +43,9 @@ from flwr.supercore.constant import (  # isort: skip
 from flwr.supercore.inflatable.inflatable_object import (  # isort: skip
     InflatableObject,
     get_all_nested_objects,
+    get_object_body,
     get_object_tree,
+    get_object_type_from_object_content,
     iterate_object_tree,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (  # isort: skip
@@ -62,6 +65,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient  # isort: skip
 
 HEARTBEAT_SECONDS = 10.0  # Flower's least; a site that is silent for twice as long is offline
 
+LARGEST_RESPONSE = 16 << 20  # Flower sends objects in pieces of 5 MiB
+_PIECE = 5 << 20
+_OBJECTS = 16  # of a message, besides the pieces of its content
 LARGEST_INLINE = 256 << 10  # bytes of content that go with the head of a message
 
 
@@ -107,8 +113,14 @@ class _SignedTime:
 class NodeConnection:
     """A site's end of the connection; not for several threads, but for `beat`."""
 
-    def __init__(self, address: str, authority: bytes, key: ec.EllipticCurvePrivateKey) -> None:
-        """`authority` is the PEM certificate that vouches for the server at `address`."""
+    def __init__(
+        self, address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, largest: int
+    ) -> None:
+        """`authority` is the PEM certificate that vouches for the server at `address`.
+
+        Messages of more than `largest` bytes are refused before they are fetched.
+        """
+        self._largest = largest
         self._time = _SignedTime(key)
         self._public_key = public_key_to_bytes(key.public_key())
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -117,6 +129,8 @@ class NodeConnection:
         self._client = FleetHttpClient(
             f"https://{address}", interceptors=[self._time], verify=context, timeout=30.0
         )
+        # Called when the head of a response is there and nothing of its body.
+        self._client._client.event_hooks["response"] = [_bounded]
         self._node = ProtoNode(node_id=0)
 
     @property
@@ -159,6 +173,7 @@ class NodeConnection:
                 head,
                 response.message_object_trees[0],
                 make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id),
+                self._largest,
             )
             self._client.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(
@@ -198,6 +213,12 @@ class NodeConnection:
         self._client.close()
 
 
+def _bounded(response: httpx.Response) -> None:
+    length = response.headers.get("content-length", "")
+    if not length.isdigit() or int(length) > LARGEST_RESPONSE:
+        raise ServerRefused(f"the server's answer has {length or 'any number of'} bytes")
+
+
 def parts_of(message: Message) -> tuple[Message, ObjectTree, dict[str, InflatableObject]]:
     """What is sent of a message: its head, the tree of its objects, and the objects.
 
@@ -224,12 +245,24 @@ def push_parts(
         # Its message was seen, taken and crossed off already: the content was with the head.
 
 
-def whole(head: Message, tree: ObjectTree, pull: Callable[[str], bytes]) -> Message:
-    """The message of a head that was pulled, and of its objects if it came without content."""
+def whole(head: Message, tree: ObjectTree, pull: Callable[[str], bytes], largest: int) -> Message:
+    """The message of a head that was pulled, and of its objects if it came without content.
+
+    Raises `ServerRefused` for one that would have more than about `largest` bytes, before it is
+    fetched or put together: pieces can be named many times over.
+    """
     if not tree.children:
         return head
     ids = [item.object_id for item in iterate_object_tree(tree)]
+    pieces = 1 + largest // _PIECE
+    if len(ids) > _OBJECTS + pieces:
+        raise ServerRefused(f"a message of {len(ids)} pieces, when the largest has {pieces}")
     contents = pull_objects(ids, pull, max_time=120.0, initial_backoff=0.02, backoff_cap=0.5)
+    for content in contents.values():
+        if get_object_type_from_object_content(content) == Array.__qualname__:
+            named = len(json.loads(get_object_body(content, Array))["arraychunk_ids"])
+            if named > pieces:
+                raise ServerRefused(f"a message of {named} pieces, when the largest has {pieces}")
     found = inflate_object_from_contents(head.metadata.message_id, contents)
     if not isinstance(found, Message):
         raise ServerRefused(f"the other side sent a {type(found).__name__}, not a message")

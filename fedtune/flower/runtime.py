@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.flower import internals
+from fedtune.flower.envelope import CLIENT_REFUSED
 from fedtune.flower.network import parts_of, push_parts, translated, whole
 
-from flwr.app import Message  # isort: skip
+from flwr.app import Error, Message  # isort: skip
+from flwr.app.message import make_message  # isort: skip
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, ErrorCode  # isort: skip
 from flwr.common.serde import message_from_proto, message_to_proto  # isort: skip
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest  # isort: skip
@@ -41,7 +44,7 @@ FLEET = "/v1/fleet/"
 RUNTIME = "/v1/runtime/"
 # Registering is the operator's: the roster says who may connect.
 _CLOSED = ("/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet/get-fab")
-LARGEST_REQUEST = 64 << 20  # Flower sends objects in pieces of 5 MiB
+LARGEST_REQUEST = 16 << 20  # Flower sends objects in pieces of 5 MiB
 
 Scope = Mapping[str, Any]
 ASGI = Callable[..., Awaitable[None]]
@@ -63,7 +66,9 @@ class RunTicket:
 class RuntimeGrid(HttpGrid):
     """The server's end: sends and receives in one run of a SuperLink on this machine."""
 
-    def __init__(self, address: str, ticket: RunTicket) -> None:
+    def __init__(self, address: str, ticket: RunTicket, largest: int) -> None:
+        """Answers of more than `largest` bytes are refused before they are put together."""
+        self._largest = largest
         super().__init__(address, insecure=True, token=ticket.token)
         self.set_run(Run.create_empty(ticket.run_id))
         self._run_id = ticket.run_id
@@ -109,13 +114,18 @@ class RuntimeGrid(HttpGrid):
             heads = zip(response.messages_list, response.message_object_trees, strict=True)
             for head, tree in heads:
                 message_id = head.metadata.message_id
-                answer = whole(
-                    message_from_proto(head),
-                    tree,
-                    make_pull_object_fn_protobuf(
-                        self._runtime_client.PullObject, self.node, self._run_id
-                    ),
+                pull = make_pull_object_fn_protobuf(
+                    self._runtime_client.PullObject, self.node, self._run_id
                 )
+                found = message_from_proto(head)
+                try:
+                    answer = whole(found, tree, pull, self._largest)
+                except httpx.HTTPError:
+                    raise
+                except Exception as error:  # whatever Flower finds wrong with a client's content
+                    # That client has failed, and no other.
+                    reason = f"an answer that cannot be taken: {type(error).__name__}: {error}"
+                    answer = make_message(found.metadata, error=Error(CLIENT_REFUSED, reason))
                 self._runtime_client.ConfirmMessageReceived(
                     ConfirmMessageReceivedRequest(
                         node=self.node, run_id=self._run_id, message_object_id=message_id

@@ -12,6 +12,7 @@ from fedtune.train.trainer import Dataset, Trainer
 from fedtune.types import Float32Vector
 from fedtune.update import UpdatePipeline
 from fedtune.wire import codec
+from fedtune.wire.aggregation import cohort_limit
 from fedtune.wire.context import check_context
 
 
@@ -43,6 +44,12 @@ class ClientMachine:
             if membership is not None and config.secagg.enabled
             else None
         )
+
+    @property
+    def largest_request(self) -> int:
+        """Bytes that no acceptable request exceeds."""
+        clients = self._membership.roster.clients if self._membership is not None else 0
+        return self._local.adapter_bytes + max(cohort_limit(clients), codec.ENVELOPE_LIMIT) * 2
 
     def hello(self, payload: bytes) -> bytes:
         """Answer who this is: name, example counts, and the digests agreed upon.

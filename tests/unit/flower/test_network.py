@@ -5,9 +5,14 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import resource
 import signal
+import socket
+import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +51,7 @@ class Network:
         public = [make_site_keys(folder / name, name) for name in ("a", "b")]
         members = make_roster(folder / "roster.toml", folder / "server", public)
         self.link = SuperLinkProcess(self.doors(0), members.transport)
-        self.grid = FleetGrid(self.link.address, self.link.ticket)
+        self.grid = FleetGrid(self.link.address, self.link.ticket, 20_000_000)
         self._sites: list[Any] = []
 
     def doors(self, port: int) -> Doors:
@@ -61,10 +66,10 @@ class Network:
             self.folder / "superlink.log",
         )
 
-    def connection(self, name: str) -> NodeConnection:
+    def connection(self, name: str, largest: int = 20_000_000) -> NodeConnection:
         authority = (self.folder / "server" / AUTHORITY).read_bytes()
         transport = read_site_keys(self.folder / name, name).transport
-        return NodeConnection(f"127.0.0.1:{self.link.port}", authority, transport)
+        return NodeConnection(f"127.0.0.1:{self.link.port}", authority, transport, largest)
 
     def site(self, name: str, change: Callable[[bytes], bytes], silent: int = 0) -> Any:
         """A process that answers with the changed payload, to all but the first `silent`."""
@@ -153,8 +158,6 @@ def test_whoever_comes_back_is_asked_again(network: Network) -> None:
         first.join()
         network.site("a", lambda payload: payload.upper())
 
-    import threading
-
     thread = threading.Thread(target=replace)
     thread.start()
     answers = list(waiting)
@@ -216,7 +219,8 @@ def test_another_sites_connection_cannot_be_used(network: Network) -> None:
 
 
 def test_without_the_token_nothing_is_sent(network: Network) -> None:
-    stranger = FleetGrid(network.link.address, RunTicket(network.link.ticket.run_id, "00" * 16))
+    ticket = RunTicket(network.link.ticket.run_id, "00" * 16)
+    stranger = FleetGrid(network.link.address, ticket, 1000)
     with pytest.raises(ServerRefused):
         stranger.activations()
     network.grid.activations()
@@ -234,6 +238,65 @@ def test_nobody_answers(network: Network) -> None:
 def test_a_port_that_is_taken_is_told(network: Network) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{network.link.port}"):
         SuperLinkProcess(network.doors(network.link.port), {})
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_message_that_is_too_large_is_not_taken(network: Network, alike: bool) -> None:
+    """A site knows how long the longest request of its federation is.
+
+    Pieces that are alike are one object that is named many times: it is fetched once, and put
+    together to any length.
+    """
+    connection = network.connection("a", largest=1_000_000)
+    connection.activate()
+    [node] = network.grid.activations()
+    content = bytes(200_000_000) if alike else os.urandom(200_000_000)
+    network.grid.push_messages([Message(wrap(content), node, "train", group_id="1")])
+    del content
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ServerRefused, match="pieces"):
+        connection.pull()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
+
+
+@pytest.mark.parametrize("length", [b"content-length: 999999999", b"x-nothing: here"])
+def test_an_answer_without_end_is_not_read(length: bytes, tmp_path: Path) -> None:
+    """From a server that is not Flower's: with the right certificate, and endless bytes."""
+    make_server_keys(tmp_path / "server", ["127.0.0.1"])
+    make_site_keys(tmp_path / "a", "a")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(
+        tmp_path / "server" / SERVER_CERTIFICATE, tmp_path / "server" / SERVER_KEY
+    )
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+
+        def serve() -> None:
+            connection = context.wrap_socket(door.accept()[0], server_side=True)
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + length + b"\r\n\r\n")
+            with suppress(OSError):
+                while True:
+                    connection.sendall(bytes(65536))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        authority = (tmp_path / "server" / AUTHORITY).read_bytes()
+        transport = read_site_keys(tmp_path / "a", "a").transport
+        connection = NodeConnection(f"127.0.0.1:{port}", authority, transport, 1_000_000)
+        with pytest.raises(ServerRefused, match="bytes"):
+            connection.activate()
+        connection.close()
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+
+
+def test_an_answer_that_is_too_large_fails_its_client_alone(network: Network) -> None:
+    network.site("a", lambda payload: bytes(200_000_000))
+    [node] = network.grid.activations()
+    [answer] = network.ask(node, b"a little")
+    assert "pieces" in answer.error.reason
+    assert answer.metadata.src_node_id == node
 
 
 class _Machine:
@@ -292,8 +355,6 @@ def test_a_site_answers_whatever_it_is_asked(network: Network, tmp_path: Path) -
 
 
 def test_old_versions_of_tls_are_refused(network: Network) -> None:
-    import ssl
-
     context = ssl.create_default_context(cafile=str(network.folder / "server" / AUTHORITY))
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(httpx.ConnectError), httpx.Client(verify=context) as http:
