@@ -10,10 +10,12 @@ from hashlib import sha256
 from fedtune.errors import ContextMismatch, MalformedMessage, ProtocolViolation
 from fedtune.secagg.keys import SIGNATURE_BYTES, Identity, Roster
 from fedtune.secagg.transcript import DIGEST_BYTES, number, transcript
+from fedtune.wire.codec import MAX_NAME
 from fedtune.wire.strict import WIRE_VERSION, parse, serialize
 from fedtune.wire.v1 import messages_pb2 as pb
 
-OVERHEAD = 1024  # at most this much more than the body
+# At most this much more than the body: a name of the longest kind, four bytes per character.
+OVERHEAD = 4 * MAX_NAME + 256
 
 
 class Kind(IntEnum):
