@@ -28,7 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtune.config import read_toml
 from fedtune.errors import KeyFileError
-from fedtune.files import write_private
+from fedtune.files import write_atomic, write_private
 from fedtune.secagg.keys import SERVER, Identity, Roster
 from fedtune.secagg.transcript import transcript
 
@@ -134,7 +134,7 @@ def make_roster(path: Path, server_keys: Path, sites: Sequence[Path]) -> Members
             raise KeyFileError(f"{file}: there is a site named {name} already")
         clients[name] = {"identity": value["identity"], "transport": value["transport"]}
     value = {"server": {"identity": identity.public_key.hex()}, "clients": clients}
-    path.write_text(tomli_w.dumps(value), encoding="utf-8")
+    write_atomic(path, tomli_w.dumps(value).encode())
     return read_roster(path)
 
 

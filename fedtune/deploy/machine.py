@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from fedtune.data.labelled import load_examples
@@ -10,11 +11,8 @@ from fedtune.errors import KeyFileError
 from fedtune.round.client import ClientMachine
 from fedtune.round.membership import Membership
 from fedtune.round.site import SiteStore
-from fedtune.round.terms import record_release
-from fedtune.simulation.job import TextModel, torch_settings
-from fedtune.train.private import RecordPrivacy
-from fedtune.train.torch_trainer import TorchTrainer, choose_device
-from fedtune.update import make_pipeline
+from fedtune.simulation.job import JobClient, TextModel, job_of_model
+from fedtune.train.torch_trainer import choose_device
 
 
 def make_machine(files: SiteFiles) -> tuple[ClientMachine, str]:
@@ -38,23 +36,15 @@ def make_machine(files: SiteFiles) -> tuple[ClientMachine, str]:
     model = TextModel(config, len(data.labels))
     if device.type != "cpu":
         model.adapter.to(device)
-    private = None
-    if config.privacy.unit == "record":
-        noise = record_release(config, len(train), 1).noise_multiplier
-        private = RecordPrivacy(noise, config.privacy.example_clip)
-    trainer = TorchTrainer(
-        model.adapter, model.task, model.base.digest, torch_settings(config.train, private)
+    own = JobClient(
+        site.site.name,
+        model.prepare(train),
+        model.prepare(test) if test else None,
+        np.bincount(train.labels, minlength=len(data.labels)),
     )
     membership = Membership(
         site.policy, SiteStore(files.find(site.site.memory)), keys.identity, members.roster
     )
-    machine = ClientMachine(
-        site.site.name,
-        config,
-        trainer,
-        model.prepare(train),
-        model.prepare(test) if test else None,
-        make_pipeline(config.update, model.adapter.manifest.size),
-        membership,
-    )
+    job = job_of_model(config, model, [own], None, data.labels, "this site's own")
+    machine = job.machine(0, membership)
     return machine, f"{len(train):,} rows to train on, base model {config.base.path}"

@@ -24,7 +24,7 @@ from fedtune.deploy.keys import (
     read_roster,
 )
 from fedtune.deploy.superlink import Doors, SuperLinkProcess
-from fedtune.errors import ConfigError, KeyFileError
+from fedtune.errors import ConfigError, KeyFileError, ServerUnreachable
 from fedtune.flower.fleet_grid import FleetGrid
 from fedtune.flower.internals import quiet
 from fedtune.flower.strategy import farewell
@@ -36,9 +36,9 @@ from fedtune.simulation.job import (
     Job,
     JobClient,
     TextModel,
-    adapter_words,
     check_cohort,
     check_privacy,
+    job_of_model,
 )
 from fedtune.simulation.run import Options, Outcome, Simulation, check_same_job, create_run
 from fedtune.train.task import Rows
@@ -123,7 +123,11 @@ def run_server(path: Path, progress: Progress) -> Outcome:
             grid = FleetGrid(link.address, link.ticket, largest)
             options = Options(workers=0, patience=listen.patience)
             simulation = Simulation(job, run, options, progress, grid=grid, parties=deployment)
-            outcome = simulation.execute()
+            try:
+                outcome = simulation.execute()
+            except ServerUnreachable:
+                link.check()
+                raise
             words = f"{outcome.summary.rounds} rounds, {outcome.summary.status}"
             farewell(grid, words)
             return outcome
@@ -150,20 +154,9 @@ def _job(deployment: Deployment) -> Job:
     model = TextModel(config, len(labels))
     check_privacy(config, model.adapter.manifest.size, len(names))
     unknown = np.zeros(len(labels), np.int64)
-    return Job(
-        config=config,
-        adapter=model.adapter,
-        task=model.task,
-        base_name=config.base.path,
-        base_digest=model.base.digest,
-        adapter_words=adapter_words(config, model),
-        clients=tuple(JobClient(name, Rows([]), None, unknown) for name in names),
-        test=model.prepare(test) if test else None,
-        labels=labels,
-        data_words="each site's own; the server sees none of it",
-        warnings=(),
-        has_classifier=True,
-    )
+    absent = [JobClient(name, Rows([]), None, unknown) for name in names]
+    words = "each site's own; the server sees none of it"
+    return job_of_model(config, model, absent, test, labels, words)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -52,6 +52,11 @@ def integer_l1(size: int, l2: float) -> float:
     return min(math.sqrt(size) * l2, l2**2)
 
 
+def sampling_rate(batch_size: int, rows: int) -> float:
+    """The chance of each of `rows` examples to be in a batch, for the draw and for its account."""
+    return min(1.0, batch_size / rows)
+
+
 def skellam_rdp(order: int, l2: float, l1: float, variance: float) -> float:
     """Rényi divergence of `order` between Skellam noise and itself shifted, at most.
 

@@ -10,8 +10,6 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +17,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from fedtune.errors import RunFolderError
+from fedtune.files import transaction
 from fedtune.privacy.accountant import Ledger, Release
 from fedtune.records import RoundRecord
 from fedtune.round.server import GlobalState
@@ -64,7 +63,7 @@ class Journal:
             raise RunFolderError(f"{path} exists already")
         lock = _lock(path)
         journal = cls(path, _connect(path), lock)
-        with journal._transaction() as db:
+        with transaction(journal._db) as db:
             db.execute(_IDENTITY)
             for table in (_ROUNDS, _OPEN_ROUND, _RELEASES):
                 db.execute(table)
@@ -105,7 +104,7 @@ class Journal:
 
     def commit(self, record: RoundRecord, state: GlobalState) -> None:
         """Make the round that follows the last one part of the run, all of it at once."""
-        with self._transaction() as db:
+        with transaction(self._db) as db:
             expected = self._last() + 1
             if record.round != expected:
                 raise ValueError(f"round {record.round} cannot follow round {expected - 1}")
@@ -121,7 +120,7 @@ class Journal:
 
     def next_attempt(self, round_number: int) -> int:
         """Number of a new attempt at a round, from 1; never the same twice."""
-        with self._transaction() as db:
+        with transaction(self._db) as db:
             db.execute(
                 "INSERT INTO open_round VALUES (?, 1, 0, NULL) "
                 "ON CONFLICT (round) DO UPDATE SET attempt = attempt + 1",
@@ -132,7 +131,7 @@ class Journal:
 
     def ask_for_values(self, round_number: int) -> None:
         """From now on clients may have sent values that they repeat to no other cohort."""
-        with self._transaction() as db:
+        with transaction(self._db) as db:
             db.execute("UPDATE open_round SET asked = 1 WHERE round = ?", [round_number])
 
     def asked_for_values(self, round_number: int) -> bool:
@@ -143,7 +142,7 @@ class Journal:
 
     def seal(self, round_number: int, sealed: bytes, release: Release | None) -> None:
         """Keep what it takes to open a round's sum, and charge the release of it, at once."""
-        with self._transaction() as db:
+        with transaction(self._db) as db:
             db.execute("UPDATE open_round SET sealed = ? WHERE round = ?", (sealed, round_number))
             if release is not None:
                 entry = json.dumps(Ledger([release]).to_json())
@@ -181,16 +180,6 @@ class Journal:
     def _best(self) -> int | None:
         evaluated = [r for r in self.records() if r.accuracy is not None]
         return max(evaluated, key=lambda r: r.accuracy or 0.0).round if evaluated else None
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._db
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
 
 def _blobs(state: GlobalState) -> tuple[bytes, bytes]:

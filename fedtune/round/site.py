@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from fedtune.errors import BudgetExceeded, ProtocolViolation, RunFolderError
+from fedtune.files import transaction
 from fedtune.privacy.accountant import Ledger, Release
 from fedtune.secagg.client import ClientSession, Stage
 from fedtune.secagg.keys import Identity
@@ -127,7 +127,7 @@ class SiteStore:
     def enrol(self, names: Iterable[str]) -> dict[str, Identity]:
         """The identities of `names`, made where they are not there yet."""
         fresh = [(name, Identity.generate(name).private_key) for name in names]
-        with self._transaction() as db:
+        with transaction(self._db) as db:
             db.executemany("INSERT OR IGNORE INTO identities VALUES (?, ?)", fresh)
             rows = db.execute("SELECT name, private_key FROM identities ORDER BY name").fetchall()
         wanted = {name for name, _ in fresh}
@@ -139,7 +139,7 @@ class SiteStore:
         The same training, summed up in two runs with one client less in the second, would
         give that client away. Raises `ProtocolViolation` for a second run.
         """
-        with self._transaction() as db:
+        with transaction(self._db) as db:
             row = (client, agreement, run_id)
             db.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?)", row)
             query = "SELECT run_id FROM runs WHERE client = ? AND agreement = ?"
@@ -158,7 +158,7 @@ class SiteStore:
         open already, or an attempt that is not a new one.
         """
         context = session.context
-        with self._transaction() as db:
+        with transaction(self._db) as db:
             repeats: list[str] = []
             row = db.execute(
                 "SELECT round, attempt, stage, state, repeats FROM sessions "
@@ -228,7 +228,7 @@ class SiteStore:
 
         Raises `ProtocolViolation` if the session has gone on meanwhile, and `BudgetExceeded`.
         """
-        with self._transaction() as db:
+        with transaction(self._db) as db:
             changed = db.execute(
                 "UPDATE sessions SET stage = ?, state = ?, request = ?, answer = ? "
                 "WHERE client = ? AND session = ? AND stage = ?",
@@ -253,7 +253,7 @@ class SiteStore:
 
     def charge(self, client: str, run_id: str, charge: Charge) -> None:
         """Enter a release outside of a session, before it leaves; or raise `BudgetExceeded`."""
-        with self._transaction():
+        with transaction(self._db):
             self._enter(client, run_id, charge)
 
     def check(self, client: str, run_id: str, charge: Charge) -> None:
@@ -283,13 +283,3 @@ class SiteStore:
             for run_id, text in rows
             for release in Ledger.from_json(json.loads(text)).releases
         ]
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._db
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")

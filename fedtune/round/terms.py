@@ -12,6 +12,7 @@ from fedtune.privacy.accountant import (
     calibrate_client_noise,
     calibrate_record_noise,
     integer_l1,
+    sampling_rate,
 )
 from fedtune.secagg.ring import Ring
 from fedtune.secagg.session import MINIMUM_COHORT, Terms
@@ -88,7 +89,7 @@ def client_release(config: Config, size: int, round_number: int) -> ClientReleas
 def record_release(config: Config, examples: int, round_number: int) -> RecordRelease:
     """Unit "record": what one round of a client with `examples` examples releases."""
     train, privacy = config.train, config.privacy
-    rate = min(1.0, train.batch_size / examples)
+    rate = sampling_rate(train.batch_size, examples)
     noise = privacy.noise_multiplier or _record_noise(
         privacy.epsilon or math.inf, privacy.delta, rate, train.steps * config.rounds.count
     )

@@ -93,7 +93,7 @@ class Aggregation:
         """Go on where the values had all arrived, after a restart of the server."""
         aggregation = cls(sealed.session, roster, terms, len(sealed.total))
         aggregation._phase = Phase.SIGNATURES
-        aggregation._adverts = sealed.adverts
+        aggregation._settle(sealed.adverts)
         aggregation._sealed = sealed
         return aggregation
 
@@ -118,7 +118,7 @@ class Aggregation:
     def close_adverts(self) -> tuple[Advert, ...]:
         """The cohort, in the order of names: the same for every client."""
         self._require(Phase.ADVERTS)
-        self._adverts = tuple(self._answers[name] for name in sorted(self._answers))
+        self._settle(tuple(self._answers[name] for name in sorted(self._answers)))
         self._check_enough(len(self._adverts), "sent keys", self._terms.minimum)
         self._terms.check(len(self._adverts))
         self._phase = Phase.SHARES
@@ -238,9 +238,9 @@ class Aggregation:
         self._phase = Phase.DONE
         return sealed.ring.lift(sealed.ring.reduce(total))
 
-    @property
-    def _binding(self) -> bytes:
-        return cohort_digest(self._session, self._adverts)
+    def _settle(self, adverts: tuple[Advert, ...]) -> None:
+        self._adverts = adverts
+        self._binding = cohort_digest(self._session, adverts)
 
     def _require(self, phase: Phase) -> None:
         if self._phase is not phase:

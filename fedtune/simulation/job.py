@@ -133,26 +133,41 @@ def text_job(config: Config, data: FederatedData | None = None) -> Job:
     check_cohort(config, len(data.clients))
     model = TextModel(config, len(data.labels))
     check_privacy(config, model.adapter.manifest.size, len(data.clients))
+    clients = [
+        JobClient(
+            client.name,
+            model.prepare(client.train),
+            model.prepare(client.test) if client.test else None,
+            np.bincount(client.train.labels, minlength=len(data.labels)),
+        )
+        for client in data.clients
+    ]
+    return job_of_model(config, model, clients, data.test, data.labels, data.source, data.warnings)
+
+
+def job_of_model(
+    config: Config,
+    model: TextModel,
+    clients: Sequence[JobClient],
+    test: TextExamples | None,
+    labels: tuple[str, ...],
+    data_words: str,
+    warnings: tuple[str, ...] = (),
+) -> Job:
+    """Text classification with a model that is loaded, by clients whose rows are prepared."""
+    targets = ", ".join(target_names(model.adapter))
     return Job(
         config=config,
         adapter=model.adapter,
         task=model.task,
         base_name=config.base.path,
         base_digest=model.base.digest,
-        adapter_words=adapter_words(config, model),
-        clients=tuple(
-            JobClient(
-                client.name,
-                model.prepare(client.train),
-                model.prepare(client.test) if client.test else None,
-                np.bincount(client.train.labels, minlength=len(data.labels)),
-            )
-            for client in data.clients
-        ),
-        test=model.prepare(data.test) if data.test else None,
-        labels=data.labels,
-        data_words=data.source,
-        warnings=data.warnings,
+        adapter_words=f"LoRA r={config.adapter.rank} on {targets} + classifier",
+        clients=tuple(clients),
+        test=model.prepare(test) if test else None,
+        labels=labels,
+        data_words=data_words,
+        warnings=warnings,
         has_classifier=True,
     )
 
@@ -204,12 +219,6 @@ class TextModel:
     def prepare(self, examples: TextExamples) -> TokenizedTexts:
         """The texts as the trainer takes them."""
         return tokenize(self.base.tokenizer, examples, self._max_length)
-
-
-def adapter_words(config: Config, model: TextModel) -> str:
-    """What is trained of a text model."""
-    targets = ", ".join(target_names(model.adapter))
-    return f"LoRA r={config.adapter.rank} on {targets} + classifier"
 
 
 def custom_job(

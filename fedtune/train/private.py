@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fedtune.adapter.lora import AttachedAdapter
 from fedtune.errors import ConfigError
+from fedtune.privacy.accountant import sampling_rate
 from fedtune.privacy.randomness import SecureRandom
 
 ExampleLoss = Callable[[int], Tensor]
@@ -46,11 +47,6 @@ class RecordPrivacy:
             raise ConfigError(f"the noise multiplier must be 0 or more: {self.noise_multiplier}")
         if not (math.isfinite(self.example_clip) and self.example_clip > 0):
             raise ConfigError(f"the clip of an example must be more than 0: {self.example_clip}")
-
-
-def sampling_rate(batch_size: int, rows: int) -> float:
-    """The chance of each of `rows` examples to be drawn in a step, for the accountant too."""
-    return min(1.0, batch_size / rows)
 
 
 def poisson_rows(rows: int, rate: float, random: SecureRandom) -> NDArray[np.int64]:

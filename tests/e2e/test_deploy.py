@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
+import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -169,6 +171,18 @@ def test_a_server_that_is_killed_goes_on(
         assert client.wait() == 0, client.stderr
     assert adapter_bytes(federation.run) == adapter_bytes(simulated)
     assert "going on after round 1" in server.stderr
+
+
+def test_a_server_whose_network_has_ended_says_so(
+    make_federation: Callable[[], Federation],
+) -> None:
+    server = make_federation().server()
+    wait_until(lambda: "listening at" in server.stderr, "the server to listen")
+    [link] = server.workers()
+    os.kill(link, signal.SIGKILL)
+    assert server.wait() == 1
+    assert "Flower's SuperLink has ended; see" in server.stderr
+    assert "Traceback" not in server.stderr
 
 
 def _port_is_free(port: int) -> bool:

@@ -20,12 +20,12 @@ from fedtune.adapter.lora import AttachedAdapter, LoRA, attach_lora
 from fedtune.base.classifier import BaseModel, EncoderClassifier
 from fedtune.data import TextExamples
 from fedtune.errors import ConfigError, TrainingError
+from fedtune.privacy.accountant import sampling_rate
 from fedtune.privacy.randomness import SecureRandom
 from fedtune.train.private import (
     RecordPrivacy,
     clipped_sum,
     poisson_rows,
-    sampling_rate,
     set_private_gradient,
 )
 from fedtune.train.task import CustomTask, Rows, TextClassification, TokenizedTexts, tokenize
