@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,7 @@ from fedtune.flower.runtime import RunTicket, SuperLink
 
 START_SECONDS = 60.0
 ALIVE_SECONDS = 5.0
+END_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class SuperLinkProcess:
 
     def check(self) -> None:
         """Raise `JobError` if it has ended."""
-        if self._process.poll() is not None:
+        with suppress(subprocess.TimeoutExpired):
+            # Its connections are cut a little before its end can be seen.
+            self._process.wait(END_SECONDS)
             raise JobError(f"Flower's SuperLink has ended; see {self._log}")
 
     def close(self) -> None:

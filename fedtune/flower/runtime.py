@@ -86,6 +86,10 @@ class RuntimeGrid(HttpGrid):
         with translated():
             return {node.node_id: node.last_activated_at for node in self.get_nodes()}
 
+    def get_node_ids(self) -> list[int]:
+        """Who is connected; raises `ServerUnreachable`."""
+        return list(self.activations())
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send messages; their ids. Raises `ServerUnreachable` or `ServerRefused`."""
         ids: list[str] = []
