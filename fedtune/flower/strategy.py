@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
 
 import fedtune.flower.internals  # isort: skip  # noqa: F401  # sets Flower's switches first
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -13,7 +12,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedtune.errors import LateMessage, RoundLost, TooFewClients, WireError
 from fedtune.flower.envelope import FAREWELL, RECORD, unwrap, wrap
-from fedtune.records import RoundRecord
+from fedtune.flower.observer import Observer
 from fedtune.round.federation import Federation, Score
 from fedtune.round.server import Exchange, ServerRound, reasons
 from fedtune.types import Float32Vector
@@ -26,25 +25,6 @@ TRAINING = "train"
 CONVERSATION = f"{MessageType.QUERY}.secagg"  # messages of a round that ask for no training
 # Says who, as a rehearsal, is not there any more: round, stage, names of the cohort.
 Absences = Callable[[int, str, list[str]], Iterable[str]]
-
-
-class Observer(Protocol):
-    """Someone who watches the run."""
-
-    def round_running(self, round_number: int, done: int, total: int) -> None:
-        """`done` of `total` clients have answered or failed."""
-
-    def round_committed(self, record: RoundRecord) -> None:
-        """The round is in the journal."""
-
-    def round_lost(self, reason: str) -> None:
-        """The round came to nothing; the next one begins from the same adapter."""
-
-    def client_refused(self, node: int, reason: str) -> None:
-        """A node could not be taken in."""
-
-    def waiting(self, found: int, wanted: int) -> None:
-        """A round waits: `found` of `wanted` clients are there."""
 
 
 class FederatedFineTuning(Strategy):
@@ -155,6 +135,7 @@ class FederatedFineTuning(Strategy):
             for name in [name for name, node in self._nodes.items() if node not in online]:
                 del self._nodes[name]
                 self._federation.dismiss(name)
+                self._observer.client_left(name)
             if fresh := online - self._greeted:
                 self._greet(grid, sorted(fresh))
             self._greeted &= online  # whoever comes back is greeted again
@@ -196,7 +177,9 @@ class FederatedFineTuning(Strategy):
             try:
                 if message.has_error():
                     raise WireError(message.error.reason)
-                self._nodes[self._federation.admit(unwrap(message)).name] = node
+                name = self._federation.admit(unwrap(message)).name
+                self._nodes[name] = node
+                self._observer.client_joined(name)
             except WireError as error:
                 self._refused[f"node {node}"] = str(error)
                 self._observer.client_refused(node, str(error))
@@ -220,7 +203,7 @@ class FederatedFineTuning(Strategy):
         opened = self._require_open()
         self._trained = exchange.stage == TRAINING
         if self._trained:
-            self._observer.round_running(opened.context.round, 0, len(exchange.requests))
+            self._tell_progress(opened, len(exchange.requests))
         requests = dict(exchange.requests)
         if self._absences is not None:
             cohort = [member.name for member in opened.cohort]
@@ -241,10 +224,12 @@ class FederatedFineTuning(Strategy):
                 continue  # late for another round, or a second answer: never counted
             _count(opened, client, message)
             if self._trained:
-                done = len(names) - len(opened.pending)
-                self._observer.round_running(opened.context.round, done, len(names))
+                self._tell_progress(opened, len(names))
         for client in opened.pending:
             opened.fail(client, f"no answer within {patience:g} s")
+
+    def _tell_progress(self, opened: ServerRound, total: int) -> None:
+        self._observer.round_running(opened.context.round, opened.pending, total)
 
     def _messages(self, requests: Mapping[str, bytes], message_type: str) -> list[Message]:
         contents: dict[int, RecordDict] = {}

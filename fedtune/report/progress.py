@@ -22,6 +22,7 @@ from rich.text import Text
 from fedtune.records import RoundRecord
 from fedtune.report import words
 
+NAMED = 3  # clients that a line names one by one
 REASON_WIDTH = 200  # a reason can be a whole traceback; metrics.jsonl keeps all of it
 
 
@@ -31,8 +32,11 @@ class Progress(Protocol):
     def started(self, title_lines: Sequence[str], planned_rounds: int | None = None) -> None:
         """The run begins; `title_lines` say what it is."""
 
-    def round_running(self, round: int, done: int, total: int) -> None:
-        """In `round`, `done` of `total` clients have answered."""
+    def connected(self, absent: Sequence[str], total: int) -> None:
+        """All of `total` clients are connected but these."""
+
+    def round_running(self, round: int, waiting_for: Sequence[str], total: int) -> None:
+        """In `round`, all of `total` clients have answered but these."""
 
     def references_running(self, done: int, total: int) -> None:
         """Of the models to compare with, `done` of `total` are trained."""
@@ -73,7 +77,12 @@ class PlainProgress:
             for line in title_lines:
                 self._print(line)
 
-    def round_running(self, round: int, done: int, total: int) -> None:
+    def connected(self, absent: Sequence[str], total: int) -> None:
+        """Print who is missing."""
+        if not self._quiet:
+            self._print(_connected(absent, total))
+
+    def round_running(self, round: int, waiting_for: Sequence[str], total: int) -> None:
         """Nothing: a log wants results, not motion."""
 
     def references_running(self, done: int, total: int) -> None:
@@ -132,7 +141,7 @@ class LiveProgress:
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[unit]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
@@ -150,9 +159,15 @@ class LiveProgress:
             self._print(line, "bold" if index == 0 else "")
         self._live.start()
 
-    def round_running(self, round: int, done: int, total: int) -> None:
-        """Move the bar of `round`."""
-        self._bar(f"round {_of(round, self._planned)}", done, total, "clients")
+    def connected(self, absent: Sequence[str], total: int) -> None:
+        """Print who is missing above the bar."""
+        self._print(_connected(absent, total), "dim")
+
+    def round_running(self, round: int, waiting_for: Sequence[str], total: int) -> None:
+        """Move the bar of `round`, and name the last ones."""
+        late = f"; waiting for {_listed(waiting_for)}" if 0 < len(waiting_for) < total else ""
+        done = total - len(waiting_for)
+        self._bar(f"round {_of(round, self._planned)}", done, total, f"clients{late}")
 
     def references_running(self, done: int, total: int) -> None:
         """Move the bar of the references."""
@@ -194,7 +209,7 @@ class LiveProgress:
         if self._task is None:
             self._task = self._live.add_task(label, total=total, completed=done, unit=unit)
         else:
-            self._live.update(self._task, completed=done, total=total)
+            self._live.update(self._task, completed=done, total=total, unit=unit)
 
     def _row(self, cells: Sequence[str]) -> str:
         return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, self._WIDTHS, strict=True))
@@ -206,6 +221,17 @@ class LiveProgress:
 
 def _of(round: int, planned: int | None) -> str:
     return str(round) if planned is None else f"{round}/{planned}"
+
+
+def _connected(absent: Sequence[str], total: int) -> str:
+    found = f"{total - len(absent)} of {total} clients are connected"
+    return f"{found}, not {_listed(absent)}" if absent else found
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first of some names, as they fit into a line."""
+    some = ", ".join(words.shortened(name, 40) for name in names[:NAMED])
+    return f"{some} and {len(names) - NAMED} more" if len(names) > NAMED else some
 
 
 def _late(name: str, reason: str) -> str:

@@ -7,7 +7,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from fedtune.export.peft_folder import Passport, write_adapter
 from fedtune.files import write_atomic, write_json
 from fedtune.flower.grid import LocalGrid
 from fedtune.flower.internals import quiet
+from fedtune.flower.observer import Observer
 from fedtune.flower.pool import Pool
 from fedtune.flower.strategy import FederatedFineTuning
 from fedtune.records import ClientSummary, Reference, RoundRecord, Score, Status, Summary
@@ -101,7 +102,7 @@ class Parties(Protocol):
     def close(self) -> None: ...
 
 
-class Simulation:
+class Simulation(Observer):
     """One run of one job in one folder."""
 
     def __init__(
@@ -113,10 +114,12 @@ class Simulation:
         on_round: Callable[[RoundRecord], None] | None = None,
         grid: Grid | None = None,
         parties: Parties | None = None,
+        watchers: Sequence[Observer] = (),
     ) -> None:
         """`grid` carries the messages; by default this machine's own workers answer them.
 
-        `parties` are by default simulated sites whose memories are in the run's folder.
+        `parties` are by default simulated sites whose memories are in the run's folder. The
+        `watchers` are told what happens, after the run's own files were written.
         """
         if parties is None and (needs_sites(job.config) or options.policy != OPEN_POLICY):
             names_of_clients = [client.name for client in job.clients]
@@ -128,6 +131,8 @@ class Simulation:
         self._progress = progress
         self._on_round = on_round
         self._grid = grid
+        self._watchers = watchers
+        self._absent = {client.name for client in job.clients}
         self._federation = rounds.Federation(
             job.config,
             job.adapter.manifest,
@@ -171,34 +176,60 @@ class Simulation:
             self._progress.finished()
         return self._write(status, error)
 
-    # The strategy's observer.
+    def client_joined(self, name: str) -> None:
+        """See `Observer`."""
+        self._absent.discard(name)
+        self._connection_changed()
+        for watcher in self._watchers:
+            watcher.client_joined(name)
 
-    def round_running(self, round_number: int, done: int, total: int) -> None:
-        """See `flower.strategy.Observer`."""
-        self._progress.round_running(round_number, done, total)
+    def client_left(self, name: str) -> None:
+        """See `Observer`."""
+        self._absent.add(name)
+        self._connection_changed()
+        for watcher in self._watchers:
+            watcher.client_left(name)
+
+    def client_refused(self, node: int, reason: str) -> None:
+        """See `Observer`."""
+        self._refused.append(f"node {node} was refused: {reason}")
+        self._progress.note(self._refused[-1])
+        for watcher in self._watchers:
+            watcher.client_refused(node, reason)
+
+    def waiting(self, found: int, wanted: int) -> None:
+        """See `Observer`."""
+        self._progress.note(f"{found} of {wanted} clients are connected; waiting")
+        for watcher in self._watchers:
+            watcher.waiting(found, wanted)
+
+    def round_running(self, round_number: int, waiting_for: Sequence[str], total: int) -> None:
+        """See `Observer`."""
+        self._progress.round_running(round_number, waiting_for, total)
+        for watcher in self._watchers:
+            watcher.round_running(round_number, waiting_for, total)
+
+    def round_lost(self, reason: str) -> None:
+        """See `Observer`."""
+        self._refused.append(f"{reason}; the adapter stays as it was")
+        self._progress.note(self._refused[-1])
+        for watcher in self._watchers:
+            watcher.round_lost(reason)
 
     def round_committed(self, record: RoundRecord) -> None:
-        """See `flower.strategy.Observer`."""
+        """See `Observer`."""
         self._run.append_metrics(record)
         left = self._federation.rounds_left
         recent = [r.seconds for r in self._run.journal.records()[-3:]]
         self._progress.round_done(record, left * sum(recent) / len(recent))
         if self._on_round:
             self._on_round(record)
+        for watcher in self._watchers:
+            watcher.round_committed(record)
 
-    def round_lost(self, reason: str) -> None:
-        """See `flower.strategy.Observer`."""
-        self._refused.append(f"{reason}; the adapter stays as it was")
-        self._progress.note(self._refused[-1])
-
-    def client_refused(self, node: int, reason: str) -> None:
-        """See `flower.strategy.Observer`."""
-        self._refused.append(f"node {node} was refused: {reason}")
-        self._progress.note(self._refused[-1])
-
-    def waiting(self, found: int, wanted: int) -> None:
-        """See `flower.strategy.Observer`."""
-        self._progress.note(f"{found} of {wanted} clients are connected; waiting")
+    def _connection_changed(self) -> None:
+        if self._grid is not None:  # simulated clients neither come nor go
+            self._progress.connected(sorted(self._absent), len(self._job.clients))
 
     def _close_parties(self) -> None:
         if self._parties is not None:

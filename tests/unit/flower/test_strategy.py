@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from fedtune.errors import TooFewClients
 from fedtune.flower.client_app import make_client_app
 from fedtune.flower.envelope import CLIENT_FAILED, reply, unwrap
 from fedtune.flower.grid import KIND, LocalGrid, message_handler
+from fedtune.flower.observer import Observer
 from fedtune.flower.pool import InlinePool
 from fedtune.flower.strategy import FederatedFineTuning
 from fedtune.records import RoundRecord
@@ -27,24 +28,18 @@ Network = Callable[[list[Message], Iterator[Message]], Iterator[Message]]
 
 
 @dataclass
-class _Seen:
+class _Seen(Observer):
     """An observer that keeps what it is told."""
 
     committed: list[RoundRecord] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
     progress: list[tuple[int, int, int]] = field(default_factory=list)
 
-    def round_running(self, round_number: int, done: int, total: int) -> None:
-        self.progress.append((round_number, done, total))
+    def round_running(self, round_number: int, waiting_for: Sequence[str], total: int) -> None:
+        self.progress.append((round_number, total - len(waiting_for), total))
 
     def round_committed(self, record: RoundRecord) -> None:
         self.committed.append(record)
-
-    def waiting(self, found: int, wanted: int) -> None:
-        pass
-
-    def round_lost(self, reason: str) -> None:
-        pass
 
     def client_refused(self, node: int, reason: str) -> None:
         self.refused.append((node, reason))

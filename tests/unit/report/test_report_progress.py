@@ -31,8 +31,9 @@ def play(progress: Progress, quiet_rounds: bool = False) -> None:
     """A run of ten rounds."""
     progress.started(["icd10 with 8 hospitals"], 10)
     for record in sample_rounds():
-        for done in range(9):
-            progress.round_running(record.round, done, 8)
+        for left in range(8, -1, -1):
+            names = [f"hospital-{place}" for place in range(left)]
+            progress.round_running(record.round, names, 8)
         progress.round_done(record, 15.4 * (10 - record.round))
     progress.finished()
     progress.finished()
@@ -59,6 +60,17 @@ def test_plain_progress_omits_what_was_not_measured_and_flushes() -> None:
     progress.round_done(record, None)
     assert stream.getvalue() == "round 1: up 3.2 MB, down 3.2 MB, time 15 s\n"
     assert stream.flushes == 1
+
+
+def test_plain_progress_says_who_is_not_connected() -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream)
+    progress.connected(["ward-2", "ward-7"], 8)
+    progress.connected([], 8)
+    assert stream.getvalue().splitlines() == [
+        "6 of 8 clients are connected, not ward-2, ward-7",
+        "8 of 8 clients are connected",
+    ]
 
 
 def test_names_and_reasons_cannot_break_the_line() -> None:
@@ -125,10 +137,11 @@ def test_live_line_shows_the_running_round(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("COLUMNS", "100")
     progress = LiveProgress(stream)
     progress.started(["title"], 10)
-    progress.round_running(2, 3, 8)
+    progress.round_running(2, ["a", "b", "c", "[red]", "e"], 8)
     progress.finished()  # draws the last state before it goes
     assert "round 2/10" in stream.getvalue()
     assert "3/8" in stream.getvalue()
+    assert "clients; waiting for a, b, c and 2 more" in stream.getvalue()
     assert stream.getvalue().rindex("\x1b[?25h") > 0  # the cursor is back
 
 
