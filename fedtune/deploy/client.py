@@ -17,24 +17,40 @@ from typing import Protocol
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.worker import Worker
 from fedtune.errors import (
+    JobError,
     KeyFileError,
     NetworkError,
     ServerRefused,
     ServerUnreachable,
     WireError,
 )
-from fedtune.flower.client_app import make_client_app
-from fedtune.flower.envelope import CLIENT_REFUSED, FAREWELL, failure, reply, unwrap
+from fedtune.flower.envelope import (
+    CLIENT_FAILED,
+    CLIENT_REFUSED,
+    CONVERSATION,
+    FAREWELL,
+    failure,
+    reply,
+    unwrap,
+)
 from fedtune.flower.internals import quiet
 from fedtune.flower.network import HEARTBEAT_SECONDS, NodeConnection
+from fedtune.flower.pieces import PIECE
 
-from flwr.app import Context, Message, RecordDict  # isort: skip
+from flwr.app import Message, MessageType  # isort: skip
 
 # While a round is on, and when nothing came for some time.
 POLL_SECONDS, IDLE_POLL_SECONDS, BUSY_SECONDS = 0.04, 0.4, 3.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 PUSH_TRIES = 5
 LONGEST_FAREWELL = 200
+TELL_SECONDS = 10.0  # between two lines about a message that takes long
+QUESTIONS = {
+    MessageType.QUERY: b"h",
+    CONVERSATION: b"c",
+    MessageType.TRAIN: b"t",
+    MessageType.EVALUATE: b"e",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -63,7 +79,10 @@ def run_client(path: Path, once: bool, say: Say) -> int:
     with ExitStack() as stack:
         worker = stack.enter_context(Worker(path))
         say(f"{site.name}: {worker.words}; roster {members.roster.digest.hex()[:16]}")
-        connection = NodeConnection(site.server, authority, keys.transport, worker.largest)
+        transfer = _Transfer(say)
+        connection = NodeConnection(
+            site.server, authority, keys.transport, worker.largest, transfer.tell
+        )
         stack.callback(connection.close)
         try:
             return _Site(connection, worker, once, say, site.server).run()
@@ -76,12 +95,28 @@ def run_client(path: Path, once: bool, say: Say) -> int:
             raise
 
 
+class _Transfer:
+    """Says how far a large message has got."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._told = time.monotonic()
+
+    def tell(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == 1:
+            self._told = now
+        elif now - self._told > TELL_SECONDS:
+            self._told = now
+            self._say(f"{done * PIECE >> 20} of about {total * PIECE >> 20} MiB went over the line")
+
+
 class _Site:
     def __init__(
         self, connection: NodeConnection, worker: Worker, once: bool, say: Say, server: str
     ) -> None:
-        self._connection, self._once, self._say, self._server = connection, once, say, server
-        self._app = make_client_app(lambda _context: worker)
+        self._connection, self._worker = connection, worker
+        self._once, self._say, self._server = once, say, server
         self._lost = threading.Event()
         self._refusals = 0
 
@@ -138,15 +173,8 @@ class _Site:
 
     def _answer(self, message: Message) -> None:
         metadata = message.metadata
-        context = Context(metadata.run_id, metadata.dst_node_id, {}, RecordDict(), {})
         started = time.monotonic()
-        if metadata.message_type == FAREWELL:
-            answer = self._take_leave(message)
-        else:
-            try:
-                answer = self._app(message, context)
-            except ValueError as error:  # Flower's, for a type of message that nobody registered
-                answer = failure(message, CLIENT_REFUSED, f"not a question for a site: {error}")
+        answer = self._reply(message)
         what = f"round {metadata.group_id}: {metadata.message_type}" if metadata.group_id else ""
         if answer.has_error():
             self._say(f"{what or metadata.message_type} refused: {answer.error.reason}")
@@ -154,13 +182,23 @@ class _Site:
             self._say(f"{what}ed in {time.monotonic() - started:.1f} s")
         self._push(answer, time.monotonic() - started)
 
-    def _take_leave(self, message: Message) -> Message:
+    def _reply(self, message: Message) -> Message:
+        kind = message.metadata.message_type
         try:
-            words = unwrap(message)[:LONGEST_FAREWELL].decode(errors="replace")
+            if kind == FAREWELL:
+                words = unwrap(message)[:LONGEST_FAREWELL].decode(errors="replace")
+                self._say(f"the run is over: {words}")
+                return reply(message, b"")
+            if kind not in QUESTIONS:
+                raise WireError(f"not a question for a site: {kind}")
+            self._worker.ask(QUESTIONS[kind], unwrap(message))
+            # The answer is as large, and not both have to be here.
+            message.content.clear()
+            return reply(message, self._worker.answer())
         except WireError as error:
             return failure(message, CLIENT_REFUSED, str(error))
-        self._say(f"the run is over: {words}")
-        return reply(message, b"")
+        except JobError as error:
+            return failure(message, CLIENT_FAILED, str(error))
 
     def _push(self, answer: Message, seconds: float) -> None:
         for tried in range(1, PUSH_TRIES + 1):

@@ -11,6 +11,7 @@ import logging
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
@@ -45,27 +46,34 @@ class Worker:
         self.words: str = ready["words"]
         self.largest: int = ready["largest"]  # bytes of a request that it could ever take
 
-    def hello(self, payload: bytes) -> bytes:
-        """See `ClientMachine.hello`."""
-        return self._ask(b"h", payload)
+    def ask(self, question: bytes, payload: bytes) -> None:
+        """Send a request, which is then not held here; `answer` follows."""
+        with suppress(BrokenPipeError):  # that it has ended is found when the answer is read
+            write_frame(self._pipe(self._process.stdin), question, payload)
 
-    def converse(self, payload: bytes) -> bytes:
-        """See `ClientMachine.converse`."""
-        return self._ask(b"c", payload)
+    def answer(self) -> bytes:
+        """The answer to what was asked.
 
-    def train(self, payload: bytes) -> bytes:
-        """See `ClientMachine.train`."""
-        return self._ask(b"t", payload)
-
-    def evaluate(self, payload: bytes) -> bytes:
-        """See `ClientMachine.evaluate`."""
-        return self._ask(b"e", payload)
+        Raises `WireError` if it is refused, `JobError` if there is none.
+        """
+        kind, said = self._read()
+        if kind == ANSWER:
+            return said
+        if kind == REFUSAL:
+            raise WireError(said.decode())
+        if kind == FAILURE:
+            raise JobError(said.decode())
+        logger.error("%s; it is started again", said.decode())
+        self.close()
+        self._start()
+        raise JobError("the training process ended")
 
     def close(self) -> None:
         """End it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # of what was not written any more
+                    pipe.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
@@ -77,23 +85,6 @@ class Worker:
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
-
-    def _ask(self, question: bytes, payload: bytes) -> bytes:
-        try:
-            write_frame(self._pipe(self._process.stdin), question, payload)
-            kind, said = self._read()
-        except BrokenPipeError:
-            kind, said = CRASH, b"the training process has ended"
-        if kind == ANSWER:
-            return said
-        if kind == REFUSAL:
-            raise WireError(said.decode())
-        if kind == FAILURE:
-            raise JobError(said.decode())
-        logger.error("%s; it is started again", said.decode())
-        self.close()
-        self._start()
-        raise JobError("the training process ended")
 
     def _read(self) -> tuple[bytes, bytes]:
         found = read_frame(self._pipe(self._process.stdout))

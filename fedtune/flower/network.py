@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import datetime
 import email.utils
-import json
 import ssl
 from base64 import b64encode
-from collections.abc import Callable
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.errors import FedtuneError, ServerRefused, ServerUnreachable
 from fedtune.flower import internals
+from fedtune.flower.pieces import NotThereYet, Tell, parts_of, send_objects, whole
 
-from flwr.app import Array, Message  # isort: skip
-from flwr.app.message import remove_content_from_message  # isort: skip
+from flwr.app import Message  # isort: skip
 from flwr.common.constant import TIMESTAMP_HEADER  # isort: skip
 from flwr.common.serde import message_from_proto, message_to_proto  # isort: skip
 from flwr.proto.fleet_pb2 import (  # isort: skip
@@ -31,32 +29,15 @@ from flwr.proto.fleet_pb2 import (  # isort: skip
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest  # isort: skip
-from flwr.proto.message_pb2 import (  # isort: skip
-    ConfirmMessageReceivedRequest,
-    ObjectTree,
-)
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree  # isort: skip
 from flwr.proto.node_pb2 import Node as ProtoNode  # isort: skip
 from flwr.supercore.constant import (  # isort: skip
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
 )
-from flwr.supercore.inflatable.inflatable_object import (  # isort: skip
-    InflatableObject,
-    get_all_nested_objects,
-    get_object_body,
-    get_object_tree,
-    get_object_type_from_object_content,
-    iterate_object_tree,
-)
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (  # isort: skip
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import (  # isort: skip
-    ObjectPushError,
-    inflate_object_from_contents,
-    pull_objects,
-    push_objects,
 )
 from flwr.supercore.interceptors.http.utils import add_headers  # isort: skip
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message  # isort: skip
@@ -65,10 +46,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient  # isort: skip
 
 HEARTBEAT_SECONDS = 10.0  # Flower's least; a site that is silent for twice as long is offline
 
+PATIENCE_SECONDS = 120.0  # for which a piece of a message is tried again
 LARGEST_RESPONSE = 16 << 20  # Flower sends objects in pieces of 5 MiB
-_PIECE = 5 << 20
-_OBJECTS = 16  # of a message, besides the pieces of its content
-LARGEST_INLINE = 256 << 10  # bytes of content that go with the head of a message
 
 
 class _SignedTime:
@@ -114,21 +93,32 @@ class NodeConnection:
     """A site's end of the connection; not for several threads, but for `beat`."""
 
     def __init__(
-        self, address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, largest: int
+        self,
+        address: str,
+        authority: bytes,
+        key: ec.EllipticCurvePrivateKey,
+        largest: int,
+        tell: Tell,
     ) -> None:
         """`authority` is the PEM certificate that vouches for the server at `address`.
 
-        Messages of more than `largest` bytes are refused before they are fetched.
+        Messages of more than `largest` bytes are refused before they are fetched. `tell` hears
+        how far a message that comes in pieces, or goes, has got.
         """
-        self._largest = largest
+        self._largest, self._tell = largest, tell
+        self._coming: tuple[Message, ObjectTree] | None = None
         self._time = _SignedTime(key)
         self._public_key = public_key_to_bytes(key.public_key())
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_verify_locations(cadata=authority.decode("ascii"))
         self._client = FleetHttpClient(
-            f"https://{address}", interceptors=[self._time], verify=context, timeout=30.0
+            f"https://{address}",
+            interceptors=[self._time],
+            verify=context,
         )
+        # TLS counts a piece of 5 MiB as one write, however slow the line.
+        self._client._client.timeout = httpx.Timeout(30.0, write=PATIENCE_SECONDS)
         # Called when the head of a response is there and nothing of its body.
         self._client._client.event_hooks["response"] = [_bounded]
         self._node = ProtoNode(node_id=0)
@@ -140,6 +130,7 @@ class NodeConnection:
 
     def activate(self) -> None:
         """Say that this site is there; raises `ServerRefused` or `ServerUnreachable`."""
+        self._coming = None
         request = ActivateNodeRequest(
             public_key=self._public_key, heartbeat_interval=HEARTBEAT_SECONDS
         )
@@ -164,17 +155,23 @@ class NodeConnection:
     def pull(self) -> Message | None:
         """The next message for this site, whole, if there is one."""
         with translated():
-            response = self._client.PullMessages(PullMessagesRequest(node=self._node))
-            if not response.messages_list:
-                return None
-            head = message_from_proto(response.messages_list[0])
+            if self._coming is None:
+                response = self._client.PullMessages(PullMessagesRequest(node=self._node))
+                if not response.messages_list:
+                    return None
+                head = message_from_proto(response.messages_list[0])
+                self._coming = head, response.message_object_trees[0]
+            head, tree = self._coming
             run_id = head.metadata.run_id
-            message = whole(
-                head,
-                response.message_object_trees[0],
-                make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id),
-                self._largest,
-            )
+            pull = make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id)
+            try:
+                message = whole(head, tree, pull, self._largest, PATIENCE_SECONDS, self._tell)
+            except NotThereYet:
+                return None
+            except BaseException:
+                self._coming = None
+                raise
+            self._coming = None
             self._client.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(
                     node=self._node, run_id=run_id, message_object_id=head.metadata.message_id
@@ -198,7 +195,8 @@ class NodeConnection:
             push = make_push_object_fn_protobuf(
                 self._client.PushObject, self._node, answer.metadata.run_id, response.session_id
             )
-            push_parts(objects, push, set(response.objects_to_push))
+            missing = set(response.objects_to_push)
+            send_objects(objects, missing, push, PATIENCE_SECONDS, self._tell)
 
     def leave(self) -> None:
         """Say that this site goes; nothing is raised if nobody hears it."""
@@ -217,57 +215,6 @@ def _bounded(response: httpx.Response) -> None:
     length = response.headers.get("content-length", "")
     if not length.isdigit() or int(length) > LARGEST_RESPONSE:
         raise ServerRefused(f"the server's answer has {length or 'any number of'} bytes")
-
-
-def parts_of(message: Message) -> tuple[Message, ObjectTree, dict[str, InflatableObject]]:
-    """What is sent of a message: its head, the tree of its objects, and the objects.
-
-    Flower sends each of a message's five or more objects by a request of its own. The content of
-    a small message goes with its head, and one object stands for all.
-    """
-    content = message.content.array_records.values() if message.has_content() else ()
-    if sum(len(array.data) for record in content for array in record.values()) <= LARGEST_INLINE:
-        tree = ObjectTree(object_id=message.object_id)
-        return message, tree, {message.object_id: message}
-    head = remove_content_from_message(message)
-    return head, get_object_tree(message), get_all_nested_objects(message)
-
-
-def push_parts(
-    objects: dict[str, InflatableObject], push: Callable[[str, bytes], None], missing: set[str]
-) -> None:
-    inline = len(objects) == 1
-    try:
-        push_objects(objects, push, object_ids_to_push=missing, max_concurrent_pushes=1)
-    except ObjectPushError:
-        if not inline:
-            raise
-        # Its message was seen, taken and crossed off already: the content was with the head.
-
-
-def whole(head: Message, tree: ObjectTree, pull: Callable[[str], bytes], largest: int) -> Message:
-    """The message of a head that was pulled, and of its objects if it came without content.
-
-    Raises `ServerRefused` for one that would have more than about `largest` bytes, before it is
-    fetched or put together: pieces can be named many times over.
-    """
-    if not tree.children:
-        return head
-    ids = [item.object_id for item in iterate_object_tree(tree)]
-    pieces = 1 + largest // _PIECE
-    if len(ids) > _OBJECTS + pieces:
-        raise ServerRefused(f"a message of {len(ids)} pieces, when the largest has {pieces}")
-    contents = pull_objects(ids, pull, max_time=120.0, initial_backoff=0.02, backoff_cap=0.5)
-    for content in contents.values():
-        if get_object_type_from_object_content(content) == Array.__qualname__:
-            named = len(json.loads(get_object_body(content, Array))["arraychunk_ids"])
-            if named > pieces:
-                raise ServerRefused(f"a message of {named} pieces, when the largest has {pieces}")
-    found = inflate_object_from_contents(head.metadata.message_id, contents)
-    if not isinstance(found, Message):
-        raise ServerRefused(f"the other side sent a {type(found).__name__}, not a message")
-    found.__dict__["_metadata"] = head.metadata
-    return found
 
 
 class translated:

@@ -14,13 +14,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.flower import internals
 from fedtune.flower.envelope import CLIENT_REFUSED
-from fedtune.flower.network import parts_of, push_parts, translated, whole
+from fedtune.flower.network import translated
+from fedtune.flower.pieces import NotThereYet, parts_of, send_objects, whole
 
 from flwr.app import Error, Message  # isort: skip
 from flwr.app.message import make_message  # isort: skip
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, ErrorCode  # isort: skip
 from flwr.common.serde import message_from_proto, message_to_proto  # isort: skip
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest  # isort: skip
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree  # isort: skip
 from flwr.proto.runtime_pb2 import (  # isort: skip
     PullAppMessagesRequest,
     PushAppMessagesRequest,
@@ -69,6 +70,7 @@ class RuntimeGrid(HttpGrid):
     def __init__(self, address: str, ticket: RunTicket, largest: int) -> None:
         """Answers of more than `largest` bytes are refused before they are put together."""
         self._largest = largest
+        self._coming: list[tuple[Message, ObjectTree]] = []
         super().__init__(address, insecure=True, token=ticket.token)
         self.set_run(Run.create_empty(ticket.run_id))
         self._run_id = ticket.run_id
@@ -104,39 +106,59 @@ class RuntimeGrid(HttpGrid):
                 push = make_push_object_fn_protobuf(
                     self._runtime_client.PushObject, self.node, self._run_id, response.session_id
                 )
-                push_parts(objects, push, set(response.objects_to_push))
+                send_objects(objects, set(response.objects_to_push), push, 0.0, _quietly)
             ids += response.message_ids
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The answers that are there; as Flower's own, but without its pauses."""
-        answers = []
+        """The answers that are there whole; as Flower's own, but without its pauses.
+
+        Nobody who sends only the head of an answer, or is slow, keeps others waiting.
+        """
+        asked = set(message_ids)
         with translated():
-            response = self._runtime_client.PullMessages(
-                PullAppMessagesRequest(message_ids=message_ids)
-            )
+            # Flower gives the head of an answer once.
+            begun = {head.metadata.reply_to_message_id for head, _ in self._coming}
+            request = PullAppMessagesRequest(message_ids=asked - begun)
+            response = self._runtime_client.PullMessages(request)
             heads = zip(response.messages_list, response.message_object_trees, strict=True)
-            for head, tree in heads:
-                message_id = head.metadata.message_id
-                pull = make_pull_object_fn_protobuf(
-                    self._runtime_client.PullObject, self.node, self._run_id
-                )
-                found = message_from_proto(head)
-                try:
-                    answer = whole(found, tree, pull, self._largest)
-                except httpx.HTTPError:
-                    raise
-                except Exception as error:  # whatever Flower finds wrong with a client's content
-                    # That client has failed, and no other.
-                    reason = f"an answer that cannot be taken: {type(error).__name__}: {error}"
-                    answer = make_message(found.metadata, error=Error(CLIENT_REFUSED, reason))
-                self._runtime_client.ConfirmMessageReceived(
-                    ConfirmMessageReceivedRequest(
-                        node=self.node, run_id=self._run_id, message_object_id=message_id
-                    )
-                )
-                answers.append(answer)
+            self._coming += [(message_from_proto(head), tree) for head, tree in heads]
+            answers, coming = [], []
+            for head, tree in self._coming:
+                if head.metadata.reply_to_message_id not in asked:
+                    continue  # nobody waits for it any more
+                if (answer := self._whole(head, tree)) is None:
+                    coming.append((head, tree))
+                else:
+                    answers.append(answer)
+            self._coming = coming
         return answers
+
+    def _whole(self, head: Message, tree: ObjectTree) -> Message | None:
+        pull = make_pull_object_fn_protobuf(
+            self._runtime_client.PullObject, self.node, self._run_id
+        )
+        message_id = head.metadata.message_id
+        try:
+            answer = whole(head, tree, pull, self._largest, 0.0, _quietly)
+        except NotThereYet:
+            return None
+        except httpx.HTTPError:
+            raise
+        except Exception as error:  # whatever Flower finds wrong with a client's content
+            # That client has failed, and no other.
+            reason = f"an answer that cannot be taken: {type(error).__name__}: {error}"
+            answer = make_message(head.metadata, error=Error(CLIENT_REFUSED, reason))
+        self._runtime_client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=self.node, run_id=self._run_id, message_object_id=message_id
+            )
+        )
+        return answer
+
+
+def _quietly(done: int, total: int) -> None:
+    """Between two processes of one machine nobody waits for long."""
 
 
 class SuperLink:

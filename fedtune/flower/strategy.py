@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedtune.errors import LateMessage, RoundLost, TooFewClients, WireError
-from fedtune.flower.envelope import FAREWELL, RECORD, unwrap, wrap
+from fedtune.flower.envelope import CONVERSATION, FAREWELL, record_of, unwrap, wrap
 from fedtune.flower.observer import Observer
 from fedtune.round.federation import Federation, Score
 from fedtune.round.server import Exchange, ServerRound, reasons
@@ -22,7 +22,6 @@ from fedtune.wire.context import check_context
 JOIN_POLL_SECONDS = 0.5
 FAREWELL_SECONDS = 5.0
 TRAINING = "train"
-CONVERSATION = f"{MessageType.QUERY}.secagg"  # messages of a round that ask for no training
 # Says who, as a rehearsal, is not there any more: round, stage, names of the cohort.
 Absences = Callable[[int, str, list[str]], Iterable[str]]
 
@@ -296,4 +295,4 @@ def _count(opened: ServerRound, client: str, message: Message) -> None:
 
 
 def _arrays(adapter: Float32Vector) -> ArrayRecord:
-    return wrap(adapter.astype("<f4").tobytes()).array_records[RECORD]
+    return record_of(adapter.astype("<f4").tobytes())

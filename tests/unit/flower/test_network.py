@@ -31,7 +31,13 @@ from fedtune.deploy.keys import (
     read_site_keys,
 )
 from fedtune.deploy.superlink import Doors, SuperLinkProcess
-from fedtune.errors import ConfigError, ProtocolViolation, ServerRefused, ServerUnreachable
+from fedtune.errors import (
+    ConfigError,
+    ProtocolViolation,
+    ServerRefused,
+    ServerUnreachable,
+    TrainingError,
+)
 from fedtune.flower import fleet_grid
 from fedtune.flower.envelope import reply, unwrap, wrap
 from fedtune.flower.fleet_grid import FleetGrid
@@ -66,10 +72,11 @@ class Network:
             self.folder / "superlink.log",
         )
 
-    def connection(self, name: str, largest: int = 20_000_000) -> NodeConnection:
+    def connection(self, name: str, largest: int = 20_000_000, port: int = 0) -> NodeConnection:
         authority = (self.folder / "server" / AUTHORITY).read_bytes()
         transport = read_site_keys(self.folder / name, name).transport
-        return NodeConnection(f"127.0.0.1:{self.link.port}", authority, transport, largest)
+        address = f"127.0.0.1:{port or self.link.port}"
+        return NodeConnection(address, authority, transport, largest, lambda _done, _total: None)
 
     def site(self, name: str, change: Callable[[bytes], bytes], silent: int = 0) -> Any:
         """A process that answers with the changed payload, to all but the first `silent`."""
@@ -283,7 +290,9 @@ def test_an_answer_without_end_is_not_read(length: bytes, tmp_path: Path) -> Non
         thread.start()
         authority = (tmp_path / "server" / AUTHORITY).read_bytes()
         transport = read_site_keys(tmp_path / "a", "a").transport
-        connection = NodeConnection(f"127.0.0.1:{port}", authority, transport, 1_000_000)
+        connection = NodeConnection(
+            f"127.0.0.1:{port}", authority, transport, 1_000_000, lambda _done, _total: None
+        )
         with pytest.raises(ServerRefused, match="bytes"):
             connection.activate()
         connection.close()
@@ -299,20 +308,24 @@ def test_an_answer_that_is_too_large_fails_its_client_alone(network: Network) ->
     assert answer.metadata.src_node_id == node
 
 
-class _Machine:
-    """Answers by what it was asked."""
+class _Worker:
+    """Answers by what it was asked, as a training process does."""
 
-    def hello(self, payload: bytes) -> bytes:
-        return b"hello " + payload
+    def __init__(self, largest_answer: int = 0) -> None:
+        self._length = largest_answer
 
-    def converse(self, payload: bytes) -> bytes:
-        raise ProtocolViolation("not now")
+    def ask(self, question: bytes, payload: bytes) -> None:
+        self._asked = question, payload if len(payload) < 100 else b""
 
-    def train(self, payload: bytes) -> bytes:
-        raise RuntimeError("a text of a patient")
-
-    def evaluate(self, payload: bytes) -> bytes:
-        return b"score"
+    def answer(self) -> bytes:
+        question, payload = self._asked
+        if question == b"c":
+            raise ProtocolViolation("not now")
+        if self._length:
+            return os.urandom(self._length)
+        if question == b"t":
+            raise TrainingError("raised RuntimeError")
+        return question + payload
 
 
 def test_a_site_answers_whatever_it_is_asked(network: Network, tmp_path: Path) -> None:
@@ -326,7 +339,7 @@ def test_a_site_answers_whatever_it_is_asked(network: Network, tmp_path: Path) -
     def work() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         connection = network.connection("a")
-        os._exit(_Site(connection, _Machine(), False, say, "the server").run())
+        os._exit(_Site(connection, _Worker(), False, say, "the server").run())
 
     process = _FORK.Process(target=work, daemon=True)
     process.start()
@@ -347,11 +360,135 @@ def test_a_site_answers_whatever_it_is_asked(network: Network, tmp_path: Path) -
         ("query.over", RecordDict(), "without a fedtune payload"),
     ):
         assert reason in ask(kind, content).error.reason, kind
-    # What an exception quotes stays at home.
     assert ask("train", wrap(b"?")).error.reason == "raised RuntimeError"
-    assert unwrap(ask("query", wrap(b"you"))) == b"hello you"
-    assert unwrap(ask("evaluate", wrap(b""))) == b"score"
+    assert unwrap(ask("query", wrap(b"you"))) == b"hyou"
+    assert unwrap(ask("evaluate", wrap(b"score"))) == b"escore"
     assert process.is_alive()
+
+
+def test_a_large_message_is_in_a_sites_memory_once(network: Network, tmp_path: Path) -> None:
+    """The request is let go before the answer comes, and neither is held twice."""
+    size, peaks = 40_000_000, tmp_path / "peaks"
+    network.grid._largest = 2 * size
+
+    def memory(name: str) -> int:
+        [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if name in x]
+        return int(line.split()[1]) * 1024
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        connection = network.connection("a", largest=2 * size)
+        connection.activate()
+        site = _Site(connection, _Worker(size), False, lambda _: None, "the server")
+        while (message := connection.pull()) is None:
+            time.sleep(0.01)
+        site._answer(message)  # once before: what it takes to answer at all is not counted
+        while (message := connection.pull()) is None:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            before = memory("VmRSS")
+            time.sleep(0.01)
+        site._answer(message)
+        peaks.write_text(f"{memory('VmHWM') - before}")
+
+    process = _FORK.Process(target=work, daemon=True)
+    process.start()
+    network._sites.append(process)
+    network.wait(lambda: len(network.grid.activations()) == 1)
+    [node] = network.grid.activations()
+    for payload in (b"", os.urandom(size)):
+        [answer] = network.ask(node, payload)
+        assert len(unwrap(answer)) == size
+    process.join(DEADLINE)
+    assert int(peaks.read_text()) < 1.3 * size
+
+
+class _Proxy:
+    """Carries bytes to a port, and cuts each connection after so many."""
+
+    def __init__(self, port: int, cut_after: int) -> None:
+        self._port, self._cut_after = port, cut_after
+        self.carried, self.cuts = 0, 0
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._door.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._door.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near = self._door.accept()[0]
+                far = socket.create_connection(("127.0.0.1", self._port))
+                left = [self._cut_after]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=(*pair, left), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket, left: list[int]) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self.carried += len(data)
+                left[0] -= len(data)
+                if left[0] < 0:
+                    self.cuts += 1
+                    break
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def test_what_got_through_a_broken_line_is_not_sent_again(network: Network) -> None:
+    """Each connection is cut after 12 MB; 40 MB go down and up again all the same."""
+    size = 40_000_000
+    network.grid._largest = 2 * size
+    proxy = _Proxy(network.link.port, 12_000_000)
+    connection = network.connection("a", largest=2 * size, port=proxy.port)
+
+    def work() -> None:
+        connection.activate()
+        while (message := connection.pull()) is None:
+            time.sleep(0.01)
+        connection.push(reply(message, unwrap(message)[::-1]), 0.0)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    network.wait(lambda: len(network.grid.activations()) == 1)
+    [node] = network.grid.activations()
+    payload = os.urandom(size)
+    [answer] = network.ask(node, payload)
+    thread.join(DEADLINE)
+    assert unwrap(answer) == payload[::-1]
+    assert proxy.cuts >= 6
+    # At most one piece of 5 MiB is lost with each connection.
+    assert proxy.carried < 2 * size + (proxy.cuts + 1) * 5.3e6
+    proxy.close()
+
+
+def test_half_an_answer_keeps_nobody_waiting(network: Network) -> None:
+    """A site that sends the head of an answer and never the rest is the only one not heard."""
+    network.site("b", lambda payload: b"b" + payload)
+    other = network.connection("a")
+    other.activate()
+    nodes = sorted(network.grid.activations())
+    messages = [Message(wrap(b"?"), node, "query", group_id="1") for node in nodes]
+    waiting = network.grid.send_and_receive(messages, timeout=3.0)
+
+    def half() -> None:
+        while (message := other.pull()) is None:
+            time.sleep(0.01)
+        # The first piece is refused by the line, and so it ends after the head.
+        other._client.PushObject = None
+        with suppress(ServerRefused):
+            other.push(reply(message, os.urandom(1_000_000)), 0.0)
+
+    thread = threading.Thread(target=half)
+    thread.start()
+    started = time.monotonic()
+    assert unwrap(next(waiting)) == b"b?"
+    assert list(waiting) == []
+    assert 2.5 < time.monotonic() - started < 10
+    thread.join()
 
 
 def test_old_versions_of_tls_are_refused(network: Network) -> None:
