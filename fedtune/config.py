@@ -46,6 +46,9 @@ class Base(_Table):
 
     path: str = Field(default="all-MiniLM-L6-v2", min_length=1)
     """A packaged name (`all-MiniLM-L6-v2`), a Hugging Face folder, or a hub id."""
+    digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of its files; unset: any, as long as server and clients have the same. With it, a
+    site that has no such model fetches it from the server, once."""
     pooling: Literal["mean", "cls"] = "mean"
     """How token states become one vector per text: their mean, or the first token's."""
     max_length: int = Field(default=128, ge=2, le=8192)
@@ -409,6 +412,8 @@ class Machine(_Table):
 
     base: str | None = None
     """Where the base model lies here; unset: as in the federation's configuration."""
+    models: str = "models"
+    """Folder for a base model that is fetched from the server."""
     device: str = "auto"
     """As `train.device`."""
     threads: int = Field(default=1, ge=1, le=1024)
@@ -441,6 +446,8 @@ class Listen(_Table):
     """Rows on which the server evaluates the global adapter; unset: none."""
     base: str | None = None
     """Where the base model lies here; unset: as in the federation's configuration."""
+    offer_base: bool = True
+    """Whether sites can fetch the base model here, if `base.digest` is set."""
     patience: Positive = 60.0
     """Seconds that the first round waits for clients that are not connected yet, once there are
     enough of them."""

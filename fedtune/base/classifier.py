@@ -59,8 +59,11 @@ class EncoderClassifier(nn.Module):
 class BaseModel:
     """A frozen encoder with its tokenizer and digest, loaded once per process."""
 
-    def __init__(self, name: str) -> None:
-        """Load `name` (see `resolve_base`); raises `BaseModelError`."""
+    def __init__(self, name: str, expected: str | None = None) -> None:
+        """Load `name` (see `resolve_base`), whose digest must be `expected`, if that is given.
+
+        Raises `BaseModelError`.
+        """
         from transformers import AutoTokenizer
         from transformers.utils import logging
 
@@ -69,6 +72,11 @@ class BaseModel:
         self.name = name
         self.folder = resolve_base(name)
         self.digest = digest_base(self.folder)
+        if expected is not None and self.digest != expected:
+            raise BaseModelError(
+                f"base model {self.folder}: its digest is {self.digest}, base.digest says "
+                f"{expected}; this is another model, or a file of it has changed"
+            )
         self.encoder = _load_encoder(self.folder)
         self.encoder.requires_grad_(False)
         self.parameters = sum(p.numel() for p in self.encoder.parameters())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.errors import BaseModelError
@@ -47,16 +50,44 @@ def resolve_base(name: str) -> Path:
     return folder
 
 
-def digest_base(folder: Path) -> str:
-    """SHA-256 over names and contents of the weights, configuration and tokenizer files."""
-    outer = hashlib.sha256()
+@dataclass(frozen=True)
+class BaseFile:
+    """One of the files that make a base model; SHA-256 in hexadecimal."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def list_base(folder: Path) -> list[BaseFile]:
+    """The weights, configuration and tokenizer files in `folder`, ordered by name."""
+    found = []
     for name in sorted([*_DIGESTED, *(path.name for path in folder.glob("*.safetensors"))]):
         path = folder / name
         if path.exists():
             with path.open("rb") as file:
-                inner = hashlib.file_digest(file, "sha256").digest()
-            outer.update(len(name).to_bytes(4, "little") + name.encode() + inner)
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            found.append(BaseFile(name, path.stat().st_size, content))
+    return found
+
+
+def digest_files(files: Iterable[BaseFile]) -> str:
+    """SHA-256 over names and contents of a base model's files, in their order."""
+    outer = hashlib.sha256()
+    for file in files:
+        name = file.name.encode()
+        outer.update(len(name).to_bytes(4, "little") + name + bytes.fromhex(file.sha256))
     return outer.hexdigest()
+
+
+def digest_base(folder: Path) -> str:
+    """SHA-256 over names and contents of the weights, configuration and tokenizer files."""
+    return digest_files(list_base(folder))
+
+
+def is_base_file(name: str) -> bool:
+    """Whether a file of this name may be part of a base model that comes from elsewhere."""
+    return name in _DIGESTED or re.fullmatch(r"[A-Za-z0-9][\w.-]*\.safetensors", name) is not None
 
 
 def _packaged(name: str) -> Path:

@@ -12,8 +12,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
+from fedtune.deploy.base_fetch import Say, fetch_base
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.worker import Worker
 from fedtune.errors import (
@@ -54,12 +54,6 @@ QUESTIONS = {
 logger = logging.getLogger(__name__)
 
 
-class Say(Protocol):
-    """Tells the operator of the site something."""
-
-    def __call__(self, text: str) -> None: ...
-
-
 class _Stopped(BaseException):
     """Someone ends this process."""
 
@@ -76,6 +70,7 @@ def run_client(path: Path, once: bool, say: Say) -> int:
     quiet()
     signal.signal(signal.SIGTERM, _stop)
     site = files.config.site
+    fetch_base(files, authority, keys.transport, say)
     with ExitStack() as stack:
         worker = stack.enter_context(Worker(path))
         say(f"{site.name}: {worker.words}; roster {members.roster.digest.hex()[:16]}")

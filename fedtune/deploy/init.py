@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
 
+from fedtune.base.resolve import digest_base, resolve_base
 from fedtune.config import PRESETS, load_preset, read_toml
 from fedtune.data.examples import TextExamples
 from fedtune.data.icd10 import load_icd10
 from fedtune.data.spec import PartitionSpec
 from fedtune.deploy.keys import AUTHORITY, make_roster, make_server_keys, make_site_keys
 from fedtune.deploy.site_files import CLIENT_TEMPLATE
-from fedtune.errors import ConfigError, RunFolderError
+from fedtune.errors import BaseModelError, ConfigError, RunFolderError
 
 FEDERATION, SERVER, ROSTER, README = "federation.toml", "server.toml", "roster.toml", "README.md"
 SITES, SERVER_KEYS, SITE_KEYS = "sites", "server-keys", "keys"
@@ -57,7 +59,7 @@ def init_folder(folder: Path, preset: str) -> None:
     _make(folder)
     load_preset(preset)
     text = (PRESETS / f"{preset}.toml").read_text()
-    (folder / FEDERATION).write_text(text, encoding="utf-8")
+    (folder / FEDERATION).write_text(_with_digest(text), encoding="utf-8")
     (folder / SERVER).write_text(_SERVER.format(host="0.0.0.0", port=9092))  # noqa: S104
     (folder / README).write_text(_README, encoding="utf-8")
 
@@ -72,6 +74,7 @@ def init_rehearsal(folder: Path, preset: str, clients: int, port: int) -> None:
     _make(folder)
     federation = read_toml(PRESETS / f"{preset}.toml")
     federation["data"] = {"labels": list(data.labels)}
+    federation["base"]["digest"] = digest_base(resolve_base(federation["base"]["path"]))
     text = "# Made for a rehearsal on one machine: ICD-10 chapters at hospitals that differ.\n"
     (folder / FEDERATION).write_text(text + tomli_w.dumps(federation), encoding="utf-8")
     server = _SERVER.format(host="127.0.0.1", port=port).replace("# test", "test")
@@ -97,6 +100,17 @@ def init_rehearsal(folder: Path, preset: str, clients: int, port: int) -> None:
             encoding="utf-8",
         )
     make_roster(folder / ROSTER, folder / SERVER_KEYS, public)
+
+
+def _with_digest(text: str) -> str:
+    """A configuration that also says which base model it means, if that is on this machine."""
+    path = tomllib.loads(text)["base"]["path"]
+    try:
+        digest = digest_base(resolve_base(path))
+    except BaseModelError:
+        return text
+    line = f'digest = "{digest}"  # sites that do not have it fetch it from the server'
+    return text.replace("[base]\n", f"[base]\n{line}\n", 1)
 
 
 def _make(folder: Path) -> None:

@@ -13,6 +13,7 @@ from types import FrameType
 
 import numpy as np
 
+from fedtune.base.resolve import resolve_base
 from fedtune.config import Config, Listen, load_config, load_server
 from fedtune.data.labelled import load_examples
 from fedtune.deploy.keys import (
@@ -99,6 +100,8 @@ def run_server(path: Path, progress: Progress) -> Outcome:
         listen, keys = deployment.listen, deployment.find(deployment.listen.keys)
         # One adapter down for all, and at worst every client's update up at a time.
         held = job.adapter.manifest.size * 4 * (len(deployment.members.transport) + 1)
+        offered = listen.offer_base and job.config.base.digest is not None
+        base = resolve_base(job.config.base.path) if offered else None
         doors = Doors(
             listen.host,
             listen.port,
@@ -106,6 +109,8 @@ def run_server(path: Path, progress: Progress) -> Outcome:
             keys / SERVER_KEY,
             run_path / DATABASE if held > LARGEST_IN_MEMORY else None,
             run_path / LOG,
+            base,
+            job.base_digest,
         )
         with SuperLinkProcess(doors, deployment.members.transport) as link:
             clients = len(deployment.members.transport)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtune.base.resolve import resolve_base
 from fedtune.config import ClientConfig, Config, load_client, load_config
 from fedtune.deploy.keys import Members, SiteKeys, read_roster, read_site_keys
-from fedtune.errors import ConfigError, KeyFileError
+from fedtune.errors import BaseModelError, ConfigError, KeyFileError
 
 CLIENT_TEMPLATE = """\
 # One site's own file. Every key is in docs/configuration.md.
@@ -26,7 +27,7 @@ train = "train.csv"    # columns text and label
 
 [machine]
 threads = 1
-# base = "/models/base"  # where the base model lies on this machine
+# base = "/models/base"  # where the base model lies here, if it shall not be fetched
 
 # Stronger than anything that a server asks for.
 [policy]
@@ -59,6 +60,11 @@ class SiteFiles:
         if machine.base:
             overrides.append(f"base.path='{machine.base}'")
         federation = load_config(path.parent / config.site.federation, overrides)
+        found = cls(path, config, federation)
+        digest = federation.base.digest
+        if not machine.base and digest and (folder := found.fetched_base(digest)).is_dir():
+            base = federation.base.model_copy(update={"path": str(folder)})
+            federation = federation.model_copy(update={"base": base})
         if not federation.data.labels:
             raise ConfigError(
                 f"{config.site.federation}: data.labels is missing; sites must agree on the labels "
@@ -69,6 +75,24 @@ class SiteFiles:
     def find(self, name: str) -> Path:
         """A path as client.toml means it."""
         return self.path.parent / Path(name).expanduser()
+
+    def fetched_base(self, digest: str) -> Path:
+        """Where the base model of this digest is put when it comes from the server."""
+        return self.find(self.config.machine.models) / digest
+
+    def has_base(self) -> bool:
+        """Whether there is a base model here; that it is the right one is seen when it is loaded.
+
+        Raises `BaseModelError` if `machine.base` names one that is not there.
+        """
+        if self.config.machine.base:
+            resolve_base(self.config.machine.base)
+            return True
+        try:
+            resolve_base(self.federation.base.path)
+        except BaseModelError:
+            return False
+        return True
 
     def members(self) -> Members:
         """The roster; raises `KeyFileError` if this site is not in it."""

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from fedtune.deploy.base_fetch import PREFIX
+from fedtune.deploy.base_offer import BaseOffer
 from fedtune.errors import ConfigError, JobError
-from fedtune.flower.runtime import RunTicket, SuperLink
+from fedtune.flower.runtime import ASGI, RunTicket, Scope, SuperLink
 
 START_SECONDS = 60.0
 ALIVE_SECONDS = 5.0
@@ -38,6 +40,8 @@ class Doors:
     key: Path
     database: Path | None  # None: messages are held in memory
     log: Path
+    base: Path | None = None  # folder of a base model that sites may fetch, and its digest
+    base_digest: str = ""
 
 
 class SuperLinkProcess:
@@ -51,6 +55,8 @@ class SuperLinkProcess:
             "certificate": str(doors.certificate),
             "key": str(doors.key),
             "database": str(doors.database) if doors.database else "",
+            "base": str(doors.base) if doors.base else "",
+            "base_digest": doors.base_digest,
             "clients": {name: base64.b64encode(key).decode() for name, key in clients.items()},
         }
         with doors.log.open("ab") as log:
@@ -137,7 +143,7 @@ async def _serve(settings: dict[str, Any], answer: Any) -> None:
     ticket = link.begin_run()
     common: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "access_log": False}
     for_sites = uvicorn.Config(
-        link.for_sites,
+        _with_base(link, settings),
         ssl_certfile=settings["certificate"],
         ssl_keyfile=settings["key"],
         server_header=False,
@@ -174,6 +180,20 @@ async def _serve(settings: dict[str, Any], answer: Any) -> None:
     await asyncio.wait(tasks, timeout=1)
     # Not by the interpreter's own end, which waits for threads; there is nothing to be saved.
     os._exit(0)
+
+
+def _with_base(link: SuperLink, settings: dict[str, Any]) -> ASGI:
+    """What sites can reach: Flower's door, and the base model's files."""
+    if not settings["base"]:
+        return link.for_sites
+    offer = BaseOffer(Path(settings["base"]), settings["base_digest"], link.knows)
+
+    async def choose(scope: Scope, receive: Any, send: Any) -> None:
+        http = scope["type"] == "http"
+        door = offer.app if http and scope["path"].startswith(PREFIX) else link.for_sites
+        await door(scope, receive, send)
+
+    return choose
 
 
 def _listen(host: str, port: int) -> socket.socket:

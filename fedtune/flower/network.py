@@ -11,6 +11,8 @@ import datetime
 import email.utils
 import ssl
 from base64 import b64encode
+from collections.abc import Generator
+from contextlib import suppress
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -39,18 +41,20 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (  # isort: skip
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.interceptors.http.utils import add_headers  # isort: skip
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message  # isort: skip
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext  # isort: skip
 from flwr.supernode.fleet_http_client import FleetHttpClient  # isort: skip
 
 HEARTBEAT_SECONDS = 10.0  # Flower's least; a site that is silent for twice as long is offline
 
 PATIENCE_SECONDS = 120.0  # for which a piece of a message is tried again
 LARGEST_RESPONSE = 16 << 20  # Flower sends objects in pieces of 5 MiB
+NOT_LET_IN = (
+    "the server does not let this site connect: its roster has no such transport key. "
+    "Is public.toml with the operator, and the server started with the new roster?"
+)
 
 
-class _SignedTime:
+class SignedTime(httpx.Auth):
     """Signs the time, as Flower wants it of a node; by the server's clock, if they differ."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
@@ -58,24 +62,20 @@ class _SignedTime:
         self._public = b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
         self.offset = datetime.timedelta()
 
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        response = self._send(context, call_next)
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Sign a request, and once more if the server's clock is another."""
+        self._sign(request)
+        response = yield request
         if response.status_code == httpx.codes.UNAUTHORIZED and self._follow(response):
-            response = self._send(context, call_next)
-        return response
+            self._sign(request)
+            yield request
 
-    def _send(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+    def _sign(self, request: httpx.Request) -> None:
         now = (datetime.datetime.now(datetime.UTC) + self.offset).isoformat()
         signature = sign_message(self._key, now.encode("ascii"))
-        headers = {
-            FLEET_HTTP_PUBLIC_KEY_HEADER: self._public,
-            TIMESTAMP_HEADER: now,
-            FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode("ascii"),
-        }
-        for name in headers:
-            context.request.headers.pop(name, None)
-        add_headers(context.request, headers)
-        return call_next(context)
+        request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = self._public
+        request.headers[TIMESTAMP_HEADER] = now
+        request.headers[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(signature).decode("ascii")
 
     def _follow(self, response: httpx.Response) -> bool:
         """Take over the server's time; whether that makes a difference worth another try."""
@@ -87,6 +87,14 @@ class _SignedTime:
         differs = abs(found - self.offset) > datetime.timedelta(seconds=30)
         self.offset = found
         return differs
+
+
+def tls_context(authority: bytes) -> ssl.SSLContext:
+    """TLS 1.3 with a server that the PEM certificate `authority` vouches for, and no other."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=authority.decode("ascii"))
+    return context
 
 
 class NodeConnection:
@@ -107,16 +115,10 @@ class NodeConnection:
         """
         self._largest, self._tell = largest, tell
         self._coming: tuple[Message, ObjectTree] | None = None
-        self._time = _SignedTime(key)
+        self._time = SignedTime(key)
         self._public_key = public_key_to_bytes(key.public_key())
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_verify_locations(cadata=authority.decode("ascii"))
-        self._client = FleetHttpClient(
-            f"https://{address}",
-            interceptors=[self._time],
-            verify=context,
-        )
+        self._client = FleetHttpClient(f"https://{address}", verify=tls_context(authority))
+        self._client._client.auth = self._time
         # TLS counts a piece of 5 MiB as one write, however slow the line.
         self._client._client.timeout = httpx.Timeout(30.0, write=PATIENCE_SECONDS)
         # Called when the head of a response is there and nothing of its body.
@@ -140,10 +142,7 @@ class NodeConnection:
         except ServerRefused as error:
             if not isinstance(error.__cause__, httpx.HTTPStatusError):
                 raise
-            raise ServerRefused(
-                "the server does not let this site connect: its roster has no such transport key. "
-                "Is public.toml with the operator, and the server started with the new roster?"
-            ) from error
+            raise ServerRefused(NOT_LET_IN) from error
 
     def beat(self) -> None:
         """Say that this site is still there."""
@@ -236,9 +235,10 @@ class translated:
             status = error.response.status_code
             if status in (502, 503, 504):
                 raise ServerUnreachable(f"the server answers {status}") from error
-            raise ServerRefused(
-                f"the server answers {status}: {error.response.text[:200]}"
-            ) from error
+            why = ""
+            with suppress(httpx.ResponseNotRead):
+                why = f": {error.response.text[:200]}"
+            raise ServerRefused(f"the server answers {status}{why}") from error
         if isinstance(error, Exception) and not isinstance(error, FedtuneError):
             # Flower raises anything for content that is not what it expects.
             raise ServerRefused(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from fedtune.flower import internals
 from fedtune.flower.envelope import CLIENT_REFUSED
@@ -21,12 +24,14 @@ from flwr.app import Error, Message  # isort: skip
 from flwr.app.message import make_message  # isort: skip
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, ErrorCode  # isort: skip
 from flwr.common.serde import message_from_proto, message_to_proto  # isort: skip
+from flwr.proto.fleet_pb2 import ActivateNodeRequest  # isort: skip
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree  # isort: skip
 from flwr.proto.runtime_pb2 import (  # isort: skip
     PullAppMessagesRequest,
     PushAppMessagesRequest,
 )
 from flwr.supercore.constant import (  # isort: skip
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLWR_IN_MEMORY_DB_NAME,
     NOOP_FEDERATION_ID,
     TaskType,
@@ -40,6 +45,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes  # isort: s
 from flwr.supercore.run import Run  # isort: skip
 from flwr.supercore.runtime import RuntimeHttpClient  # isort: skip
 from flwr.superlink.grid import HttpGrid  # isort: skip
+from flwr.superlink.routers.fleet.node_auth import authenticate_node  # isort: skip
 
 FLEET = "/v1/fleet/"
 RUNTIME = "/v1/runtime/"
@@ -47,7 +53,7 @@ RUNTIME = "/v1/runtime/"
 _CLOSED = ("/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/fleet/get-fab")
 LARGEST_REQUEST = 16 << 20  # Flower sends objects in pieces of 5 MiB
 
-Scope = Mapping[str, Any]
+Scope = MutableMapping[str, Any]
 ASGI = Callable[..., Awaitable[None]]
 
 
@@ -216,6 +222,17 @@ class SuperLink:
         """Keep the run going."""
         found: bool = self._state.acknowledge_task_heartbeat(self._task)
         return found
+
+    def knows(self, request: Request) -> bool:
+        """Whether a request has the signed time of a site that may connect."""
+        try:
+            public_key = base64.b64decode(request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, ""))
+            # What Flower checks the signer of: for other requests, its node.
+            request.state.protobuf_request = ActivateNodeRequest(public_key=public_key)
+            authenticate_node(request)
+        except (HTTPException, ValueError):
+            return False
+        return self._state.get_node_id_by_public_key(public_key) is not None
 
     @property
     def for_sites(self) -> ASGI:

@@ -202,7 +202,7 @@ class TextModel:
 
     def __init__(self, config: Config, labels: int) -> None:
         """Load it for `labels` labels; raises `BaseModelError` or `ConfigError`."""
-        self.base = BaseModel(config.base.path)
+        self.base = BaseModel(config.base.path, config.base.digest)
         settings = config.adapter
         lora = LoRA(
             settings.rank,

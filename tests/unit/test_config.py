@@ -260,6 +260,7 @@ def _other(key: str, default: object) -> str:
     """An override that gives `key` another value than its default."""
     words = {
         "base.path": ["other"],
+        "base.digest": ["ab" * 32],
         "base.pooling": ["cls", "mean"],
         "train.schedule": ["linear", "cosine"],
         "train.optimizer": ["sgd", "adamw"],

@@ -204,3 +204,10 @@ def test_a_folder_is_loaded_and_computes(folder: Path):
 def test_load_classifier_is_ready_for_an_adapter_of_any_run(folder: Path):
     module = load_classifier(str(folder), 7)
     assert module.classifier.weight.shape == (7, 8)
+
+
+def test_another_model_than_the_agreed_one_is_not_loaded(folder: Path) -> None:
+    digest = digest_base(folder)
+    assert BaseModel(str(folder), digest).digest == digest
+    with pytest.raises(BaseModelError, match=f"its digest is {digest}, base.digest says abab"):
+        BaseModel(str(folder), "ab" * 32)
