@@ -8,6 +8,7 @@ tried again, not the message.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import time
@@ -39,6 +40,7 @@ from flwr.supercore.inflatable.inflatable_utils import (  # isort: skip
 
 PIECE = 5 << 20
 LARGEST_INLINE = 256 << 10  # bytes of content that go with the head of a message
+_LONGEST_HEAD = 64  # bytes of a piece before its content
 _OBJECTS = 16  # of a message, besides the pieces of its content
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0
 
@@ -142,20 +144,27 @@ class _Assembly:
     def _array(self, content: bytes, children: list[str]) -> Array:
         """An array whose pieces go into one buffer as they come."""
         about = json.loads(get_object_body(content, Array))
-        named = about["arraychunk_ids"]
-        if len(named) > self._pieces:
+        named, [size] = about["arraychunk_ids"], about["shape"]
+        if len(named) > self._pieces or size > len(named) * PIECE:
             raise ServerRefused(
                 f"a message of {len(named)} pieces, when the largest has {self._pieces}"
             )
         buffer = io.BytesIO()
+        if size:
+            # All of it at once: a buffer that grows is larger than what is in it.
+            buffer.seek(size - 1)
+            buffer.write(b"\x00")
+            buffer.seek(0)
         for done, place in enumerate(named, 1):
             piece = self._fetch(children[place])
-            head, _, body = piece.partition(b"\x00")
-            if not head.startswith(b"ArrayChunk ") or len(body) > PIECE:
+            head, body = piece[:_LONGEST_HEAD].partition(b"\x00")[0], memoryview(piece)
+            if not head.startswith(b"ArrayChunk ") or len(body) > PIECE + _LONGEST_HEAD:
                 raise ServerRefused("a piece of an array is none")
-            buffer.write(body)
+            buffer.write(body[len(head) + 1 :])
             self._tell(done, len(named))
-        return Array(about["dtype"], tuple(about["shape"]), about["stype"], buffer.getvalue())
+        if buffer.tell() != size:
+            raise ServerRefused(f"an array of {size} bytes whose pieces have {buffer.tell()}")
+        return Array(about["dtype"], (size,), about["stype"], buffer.getvalue())
 
     def _fetch(self, object_id: str) -> bytes:
         content = _patiently(partial(self._pull, object_id), self._patience)
@@ -170,9 +179,14 @@ def _patiently(call: Callable[[], Result], patience: float) -> Result:
     pause = _SHORTEST_PAUSE
     while True:
         try:
-            return call()
+            result = call()
         except httpx.TransportError:
             if time.monotonic() + pause > deadline:
                 raise
+        else:
+            # A response of httpx is a cycle with its content: all pieces would stay in memory
+            # until the garbage collector finds that there are many.
+            gc.collect(1)
+            return result
         time.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE)
