@@ -17,6 +17,7 @@ from typing import Protocol
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.worker import Worker
 from fedtune.errors import (
+    AuditWriteError,
     KeyFileError,
     NetworkError,
     ServerRefused,
@@ -81,6 +82,7 @@ class _Site:
         self, connection: NodeConnection, worker: Worker, once: bool, say: Say, server: str
     ) -> None:
         self._connection, self._once, self._say, self._server = connection, once, say, server
+        self._worker = worker
         self._app = make_client_app(lambda _context: worker)
         self._lost = threading.Event()
         self._refusals = 0
@@ -153,6 +155,9 @@ class _Site:
         elif metadata.message_type == "train":
             self._say(f"{what}ed in {time.monotonic() - started:.1f} s")
         self._push(answer, time.monotonic() - started)
+        if self._worker.stopped:
+            self._connection.leave()
+            raise AuditWriteError(self._worker.stopped)
 
     def _take_leave(self, message: Message) -> Message:
         try:

@@ -19,7 +19,7 @@ from fedtune.errors import JobError, UsageError, WireError
 _HEAD = struct.Struct("<cQ")
 _LARGEST = 1 << 34
 QUESTIONS = {b"h": "hello", b"c": "converse", b"t": "train", b"e": "evaluate"}
-READY, ANSWER, REFUSAL, FAILURE, CRASH = b"r", b"a", b"w", b"f", b"x"
+READY, ANSWER, REFUSAL, FAILURE, CRASH, STOP = b"r", b"a", b"w", b"f", b"x", b"s"
 logger = logging.getLogger(__name__)
 
 
@@ -29,6 +29,7 @@ class Worker:
     def __init__(self, path: Path) -> None:
         """Start it; raises `UsageError` with what it finds wrong in the site's files."""
         self._path = path
+        self.stopped = ""  # why the site must not go on
         self._start()
 
     def _start(self) -> None:
@@ -88,6 +89,9 @@ class Worker:
             return said
         if kind == REFUSAL:
             raise WireError(said.decode())
+        if kind == STOP:
+            self.stopped = said.decode()
+            raise JobError("this site has stopped")
         if kind == FAILURE:
             raise JobError(said.decode())
         logger.error("%s; it is started again", said.decode())
