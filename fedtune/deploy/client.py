@@ -149,15 +149,16 @@ class _Site:
                 answer = self._app(message, context)
             except ValueError as error:  # Flower's, for a type of message that nobody registered
                 answer = failure(message, CLIENT_REFUSED, f"not a question for a site: {error}")
+        if self._worker.stopped:
+            # As if killed: the open request comes again, and is answered then.
+            self._connection.leave()
+            raise AuditWriteError(self._worker.stopped)
         what = f"round {metadata.group_id}: {metadata.message_type}" if metadata.group_id else ""
         if answer.has_error():
             self._say(f"{what or metadata.message_type} refused: {answer.error.reason}")
         elif metadata.message_type == "train":
             self._say(f"{what}ed in {time.monotonic() - started:.1f} s")
         self._push(answer, time.monotonic() - started)
-        if self._worker.stopped:
-            self._connection.leave()
-            raise AuditWriteError(self._worker.stopped)
 
     def _take_leave(self, message: Message) -> Message:
         try:

@@ -18,7 +18,7 @@ from fedtune.wire import codec
 from fedtune.wire.aggregation import decode_invite
 from fedtune.wire.envelope import Kind, read_envelope
 
-TRAINING = ("train", Kind.TRAIN_REQUEST.name.lower())
+_NAMES = {kind: kind.name.lower() for kind in Kind} | {Kind.TRAIN_REQUEST: "train"}
 
 
 class AuditedMachine:
@@ -92,7 +92,7 @@ class AuditedMachine:
         if request == self._written:
             return
         details = self._about(question, payload) | more
-        if event is Event.REQUEST_ANSWERED and details["request"] in TRAINING:
+        if event is Event.REQUEST_ANSWERED and details["request"] == "train":
             details |= self._spent(str(details["run"]))
         self._log.append(event, details)
         self._written = request
@@ -115,7 +115,7 @@ class AuditedMachine:
 
     def _about_envelope(self, payload: bytes) -> dict[str, Value]:
         envelope = read_envelope(payload, self._machine.largest_request)
-        kind = envelope.kind.name.lower()
+        name = _NAMES[envelope.kind]
         if envelope.kind is Kind.INVITE:
             session = decode_invite(envelope.body)
             run_id, number = session.context.run_id, session.context.round
@@ -123,9 +123,9 @@ class AuditedMachine:
         else:
             found = self._site.store.place_of(self._machine.name, envelope.session)
             if found is None:
-                return {"request": kind}
+                return {"request": name}
             run_id, number, attempt = found
-        return {"request": kind, "run": run_id, "round": number, "attempt": attempt}
+        return {"request": name, "run": run_id, "round": number, "attempt": attempt}
 
     def _spent(self, run_id: str) -> dict[str, Value]:
         privacy = self._config.privacy
