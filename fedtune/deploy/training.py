@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
 import sys
 import threading
 from pathlib import Path
@@ -23,6 +22,7 @@ from fedtune.deploy.worker import (
     READY,
     REFUSAL,
     STOP,
+    end_with,
     read_frame,
     write_frame,
 )
@@ -37,7 +37,7 @@ def main() -> NoReturn:
     # What anything prints must not get into the answers.
     os.dup2(2, 1)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    threading.Thread(target=_end_with, args=(requests.fileno(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(requests.fileno(),), daemon=True).start()
     try:
         machine, words = make_machine(SiteFiles.read(Path(sys.argv[1])))
     except FedtuneError as error:
@@ -62,17 +62,6 @@ def main() -> NoReturn:
             kind, answer = FAILURE, f"raised {type(error).__name__}".encode()
         write_frame(answers, kind, answer)
     sys.exit(0)
-
-
-def _end_with(requests: int) -> None:
-    """End when nobody can ask any more, also in the middle of a training that nobody waits for.
-
-    The audit log must be free for the site's next process.
-    """
-    watched = select.poll()
-    watched.register(requests, 0)  # hang-ups are always told
-    watched.poll()
-    os._exit(0)
 
 
 if __name__ == "__main__":
