@@ -118,6 +118,39 @@ def test_a_line_that_another_has_signed(place: int, name: str, resigned: bool) -
     assert first_bad(joined(changed)) == place + 1
 
 
+@given(places)
+def test_a_line_of_another_log_of_the_same_writer(place: int) -> None:
+    """Its number and its signature are right: only the chain tells."""
+    with log_file() as path:
+        with AuditLog(path, WRITER) as log:
+            for _ in range(ENTRIES - 1):
+                log.append(Event.ROUND_COMMITTED, {"counted": ()})
+        others = path.read_bytes().splitlines()
+    changed = list(lines())
+    changed[place] = others[place]
+    # Another beginning is as good by itself, and nothing follows it.
+    assert first_bad(joined(changed)) == max(place + 1, 2)
+
+
+@given(places)
+def test_numbers_with_a_gap(place: int) -> None:
+    """Signed and chained by the writer itself: numbers say how many entries there are."""
+    changed, previous = list(lines()), ""
+    for number, line in enumerate(lines()):
+        old = Entry.read(line)
+        entry = Entry.signed_by(
+            WRITER,
+            old.number + (number >= place),
+            old.time,
+            old.event,
+            old.details,
+            previous or old.previous,
+        )
+        changed[number] = entry.line()
+        previous = digest_of_line(changed[number])
+    assert first_bad(joined(changed)) == place + 1
+
+
 @given(places, st.sampled_from(["number", "time", "event", "counted", "epsilon"]))
 def test_a_changed_value_in_the_right_spelling(place: int, what: str) -> None:
     old = Entry.read(lines()[place])
