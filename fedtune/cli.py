@@ -317,6 +317,23 @@ def audit_verify(
     raise typer.Exit(audit_commands.verify(file, roster, public_key, name, head, as_json))
 
 
+@audit.command(
+    "compare",
+    epilog="Examples:  fedtune audit compare run/audit.jsonl clinic-1.jsonl --roster roster.toml",
+)
+def audit_compare(
+    server: Annotated[Path, typer.Argument(help="The server's audit.jsonl.")],
+    site: Annotated[Path, typer.Argument(help="A site's audit.jsonl.")],
+    roster: Annotated[Path, typer.Option(help="Has the keys of both.")],
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Whether a server and a site say the same of the same rounds: exit code 0 if so, 1 if not."""
+    from fedtune.deploy import audit_commands
+
+    raise typer.Exit(audit_commands.compare(server, site, roster, as_json))
+
+
 privacy = typer.Typer(
     help="Plan differential privacy before anything is trained.", no_args_is_help=True
 )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.audit.entry import Head
-from fedtune.audit.verify import Findings, KeyOf, verify_log
+from fedtune.audit.compare import compare_logs
+from fedtune.audit.entry import Entry, Head
+from fedtune.audit.verify import Findings, KeyOf, read_log, verify_log
 from fedtune.deploy.keys import read_roster
 from fedtune.errors import BrokenAuditLog, ConfigError
 from fedtune.report.words import count, printable
@@ -39,6 +41,39 @@ def verify(
     else:
         _show(found)
     return 0
+
+
+def compare(server: Path, site: Path, roster: Path, as_json: bool) -> int:
+    """Compare what two logs say of the same rounds; returns 0 if they agree, 1 if not."""
+    logs: dict[str, list[Entry]] = {}
+    for file in (server, site):
+        try:
+            entries = [entry for entry, _ in read_log(file, _trusted(roster, None, None))]
+        except BrokenAuditLog as error:
+            print(f"fedtune: {file}: {printable(str(error))}", file=sys.stderr)
+            return 1
+        logs[str(entries[0].details["writer"])] = entries
+    names = tuple(logs)
+    if len(names) != 2 or names[0] != SERVER:
+        raise ConfigError(f"{server}, {site}: first the server's log, then a site's")
+    name = names[1]
+    found = compare_logs(logs[SERVER], logs[name], name)
+    if not found.run:
+        raise ConfigError(f"{server}: the server has not started a run yet")
+    if as_json:
+        print(json.dumps({"agree": not found.differences, "site": name, **asdict(found)}))
+        return 1 if found.differences else 0
+    for difference in found.differences:
+        print(printable(difference))
+    words = "contradict each other" if found.differences else "agree"
+    print(
+        f"the server and {printable(name)} {words}: run {printable(found.run)}, "
+        f"rounds: {count(len(found.rounds))}, counted in: {count(len(found.counted))}"
+    )
+    if found.not_counted:
+        rounds = ", ".join(map(str, found.not_counted))
+        print(f"note: it has answered in rounds whose sum it is not in: {rounds}")
+    return 1 if found.differences else 0
 
 
 def _trusted(roster: Path | None, public_key: str | None, name: str | None) -> KeyOf:

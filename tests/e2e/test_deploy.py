@@ -92,6 +92,14 @@ class Federation:
         options = ("--roster", roster, "--name", name, *more)
         return self._launch.run("audit", "verify", self.audit(name), *options)
 
+    def compare(self, name: str) -> dict[str, Any]:
+        """What `fedtune audit compare` says of the server's log and that of a site."""
+        logs = self.audit(SERVER), self.audit(name)
+        roster = self.folder / "roster.toml"
+        _, command = self._launch.run("audit", "compare", *logs, "--roster", roster, "--json")
+        found = json.loads(command.stdout)
+        return {key: found[key] for key in ("counted", "agree")}
+
     def verified(self, name: str) -> list[tuple[str, dict[str, Any]]]:
         """Events and details of a log that is sound."""
         code, command = self.verify(name)
@@ -209,6 +217,7 @@ def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
         assert [details["bytes"] for event, details in entries if event == "torn-line-removed"] == (
             [1] if name == "clinic-2" else []
         )
+    assert federation.compare("clinic-2") == {"counted": [1, 2, 3], "agree": True}
 
 
 def test_a_server_that_is_killed_goes_on(

@@ -1,31 +1,33 @@
-"""`fedtune audit verify`: whom it trusts, what it says, and how it ends."""
+"""`fedtune audit`: whom it trusts, what it says, and how it ends."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.audit.entry import Event
 from fedtune.audit.log import AuditLog
 from fedtune.deploy.keys import PUBLIC, make_roster, make_server_keys, make_site_keys, read_identity
+from fedtune.secagg.keys import SERVER
 
 Main = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
-    """Run `fedtune audit verify`: exit code, stdout, stderr."""
+    """Run `fedtune audit`: exit code, stdout, stderr."""
 
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        from fedtune.cli import main as command
+    def run(*arguments: str | Path, command: str = "verify") -> tuple[int, str, str]:
+        from fedtune.cli import main as run_command
 
-        monkeypatch.setattr("sys.argv", ["fedtune", "audit", "verify", *map(str, arguments)])
+        monkeypatch.setattr("sys.argv", ["fedtune", "audit", command, *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            command()
+            run_command()
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return int(ended.value.code or 0), out, err
@@ -106,3 +108,73 @@ def test_wrong_usage(folder: Path, main: Main) -> None:
     ):
         code, out, err = main(*arguments)
         assert (code, out, words in err) == (2, "", True), err
+
+
+TERMS = {"config": "c" * 64, "base": "b" * 64, "manifest": "d" * 64, "roster": "e" * 64}
+
+
+@pytest.fixture
+def two_logs(folder: Path) -> Callable[..., tuple[Path, Path]]:
+    """Logs of a server that counted clinic-1 in `counted` of three rounds, and of that site."""
+
+    def write(counted: set[int], trained: set[int], **own: str) -> tuple[Path, Path]:
+        server, site = folder / "audit.jsonl", folder / "clinic-1.jsonl"
+        for path in (server, site):
+            path.unlink(missing_ok=True)
+        with AuditLog(server, read_identity(folder / "server", SERVER)) as log:
+            log.append(Event.SERVER_STARTED, {"run": "r", **TERMS})
+            for number in (1, 2, 3):
+                names = ("clinic-1", "clinic-2") if number in counted else ("clinic-2",)
+                log.append(Event.ROUND_COMMITTED, {"round": number, "counted": names})
+        with AuditLog(site, read_identity(folder / "clinic-1", "clinic-1")) as log:
+            log.append(Event.SITE_STARTED, {**TERMS, **own})
+            place = {"request": "train", "round": 2}
+            log.append(Event.REQUEST_ANSWERED, {"run": "another run", **place})
+            log.append(Event.REQUEST_REFUSED, {"run": "r", "reason": "no", **place})
+            log.append(Event.REQUEST_ANSWERED, {"run": "r", "request": "invite", "round": 2})
+            for number in trained:
+                details = {"run": "r", "request": "train", "round": number}
+                log.append(Event.REQUEST_ANSWERED, details)
+        return server, site
+
+    return write
+
+
+def test_logs_that_agree(folder: Path, main: Main, two_logs: Callable[..., Any]) -> None:
+    roster = folder / "roster.toml"
+    # In round 3 its answer came too late; round 4 was not committed any more.
+    logs = two_logs({1, 2}, {1, 2, 3, 4})
+    code, out, _ = main(*logs, "--roster", roster, command="compare")
+    assert (code, "clinic-1 agree: run r, rounds: 3, counted in: 2" in out) == (0, True)
+    assert "whose sum it is not in: 3" in out
+    code, out, _ = main(*logs, "--roster", roster, "--json", command="compare")
+    found = json.loads(out)
+    assert (code, found["agree"], found["counted"], found["not_counted"]) == (0, True, [1, 2], [3])
+
+
+def test_logs_that_contradict_each_other(
+    folder: Path, main: Main, two_logs: Callable[..., Any]
+) -> None:
+    roster = folder / "roster.toml"
+    code, out, _ = main(*two_logs({1, 2}, {1}), "--roster", roster, command="compare")
+    assert code == 1
+    assert "round 2: the server says that it counted clinic-1" in out
+    assert "contradict each other" in out
+    for key in TERMS:
+        logs = two_logs({1}, {1}, **{key: "f" * 64})
+        code, out, _ = main(*logs, "--roster", roster, "--json", command="compare")
+        [difference] = json.loads(out)["differences"]
+        assert (code, f"it had another {key}, ffff" in difference) == (1, True)
+
+
+def test_only_sound_logs_of_a_server_and_a_site_are_compared(
+    folder: Path, main: Main, two_logs: Callable[..., Any]
+) -> None:
+    server, site = two_logs({1}, {1})
+    roster = folder / "roster.toml"
+    for pair in ((site, server), (server, server), (site, site)):
+        code, _, err = main(*pair, "--roster", roster, command="compare")
+        assert (code, "first the server's log, then a site's" in err) == (2, True)
+    site.write_bytes(site.read_bytes().replace(b'"round":2', b'"round":1', 1))
+    code, _, err = main(server, site, "--roster", roster, command="compare")
+    assert (code, f"{site}: line 3" in err) == (1, True)
