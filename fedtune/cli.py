@@ -283,6 +283,57 @@ def keys_roster(
     )
 
 
+audit = typer.Typer(help="Check the audit logs of a server and of sites.", no_args_is_help=True)
+app.add_typer(audit, name="audit")
+
+
+@audit.command(
+    "verify",
+    epilog="Examples:  fedtune audit verify run/audit.jsonl --roster roster.toml  |  "
+    "fedtune audit verify audit.jsonl --roster roster.toml --name clinic-1 --head 27:5f0c...",
+)
+def audit_verify(
+    file: Annotated[Path, typer.Argument(help="An audit.jsonl.")],
+    roster: Annotated[Path | None, typer.Option(help="Has the key of the log's writer.")] = None,
+    public_key: Annotated[
+        str | None, typer.Option(help="The writer's Ed25519 key as digits, instead of a roster.")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Whose log it must be.", show_default="whose it says it is"),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER:SHA256", help="An entry that you were told of and that must be there."
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Whether a log is what its writer wrote: exit code 0 if so, 1 if not."""
+    from fedtune.deploy import audit_commands
+
+    raise typer.Exit(audit_commands.verify(file, roster, public_key, name, head, as_json))
+
+
+@audit.command(
+    "compare",
+    epilog="Examples:  fedtune audit compare run/audit.jsonl clinic-1.jsonl --roster roster.toml",
+)
+def audit_compare(
+    server: Annotated[Path, typer.Argument(help="The server's audit.jsonl.")],
+    site: Annotated[Path, typer.Argument(help="A site's audit.jsonl.")],
+    roster: Annotated[Path, typer.Option(help="Has the keys of both.")],
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Whether a server and a site say the same of the same rounds: exit code 0 if so, 1 if not."""
+    from fedtune.deploy import audit_commands
+
+    raise typer.Exit(audit_commands.compare(server, site, roster, as_json))
+
+
 privacy = typer.Typer(
     help="Plan differential privacy before anything is trained.", no_args_is_help=True
 )

@@ -396,6 +396,8 @@ class Site(_Table):
     """Folder of this site's private keys, made by `fedtune keys site`."""
     memory: str = "site.db"
     """What the site remembers: its part in each round, and the privacy it has spent."""
+    audit: str = "audit.jsonl"
+    """The site's audit log, see `fedtune audit verify`."""
 
 
 class SiteData(_Table):

@@ -8,7 +8,9 @@
     │   ├── DataError         a data file, a column, a partition
     │   ├── BaseModelError    a base model folder
     │   ├── KeyFileError      a key file, certificate or roster
-    │   └── RunFolderError    a run folder that exists, is missing, or is in use
+    │   ├── RunFolderError    a run folder that exists, is missing, or is in use
+    │   └── AuditLogError     an audit log that is in use, or cannot be gone on with
+    │       └── BrokenAuditLog a line of it is not what its writer wrote there
     ├── WireError             bytes that are not a message of this federation
     │   ├── MalformedMessage  not the wire format, or larger than the limit
     │   ├── BadSignature      a signature, seal or public key that does not verify
@@ -19,6 +21,7 @@
     │   ├── ServerUnreachable nobody answers, or not now; trying again may help
     │   └── ServerRefused     one side does not accept the other; trying again does not help
     ├── PolicyRefusal         the site's own policy forbids what the server asks for
+    ├── AuditWriteError       an entry cannot be written; whoever writes the log stops
     └── JobError              the job itself failed: exit code 1
         ├── TrainingError     local training went wrong at one client (not finite, a crash)
         ├── ClientFailure     one client's round failed; the round goes on without it
@@ -61,6 +64,18 @@ class RunFolderError(UsageError):
     """A run folder exists already, is missing, is not a run, or is in use."""
 
 
+class AuditLogError(UsageError):
+    """An audit log is in use, cannot be opened, or is not as its writer wrote it."""
+
+
+class BrokenAuditLog(AuditLogError):
+    """A line of an audit log is not what its writer wrote there; lines count from 1."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(f"line {line}: {reason}")
+        self.line, self.reason = line, reason
+
+
 class WireError(FedtuneError):
     """Bytes that are not an acceptable message of this federation."""
 
@@ -99,6 +114,10 @@ class ServerRefused(NetworkError):
 
 class PolicyRefusal(FedtuneError):
     """The site's own policy forbids what the server asks for."""
+
+
+class AuditWriteError(FedtuneError):
+    """An entry cannot be written; nothing may be done that is not in the audit log."""
 
 
 class JobError(FedtuneError):

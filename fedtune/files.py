@@ -31,7 +31,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -64,8 +64,8 @@ def write_json(path: Path, obj: object) -> None:
     write_atomic(path, (text + "\n").encode())
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself durable."""
+def sync_folder(folder: Path) -> None:
+    """Make new names in `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

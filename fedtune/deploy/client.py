@@ -17,6 +17,7 @@ from fedtune.deploy.base_fetch import Say, fetch_base
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.worker import Worker
 from fedtune.errors import (
+    AuditWriteError,
     JobError,
     KeyFileError,
     NetworkError,
@@ -169,7 +170,12 @@ class _Site:
     def _answer(self, message: Message) -> None:
         metadata = message.metadata
         started = time.monotonic()
-        answer = self._reply(message)
+        try:
+            answer = self._reply(message)
+        except AuditWriteError:
+            # As if killed: the open request comes again, and is answered then.
+            self._connection.leave()
+            raise
         what = f"round {metadata.group_id}: {metadata.message_type}" if metadata.group_id else ""
         if answer.has_error():
             self._say(f"{what or metadata.message_type} refused: {answer.error.reason}")

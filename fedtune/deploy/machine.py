@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fedtune.audit.log import AuditLog
 from fedtune.data.labelled import load_examples
+from fedtune.deploy.site_audit import AuditedMachine
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.errors import KeyFileError
-from fedtune.round.client import ClientMachine
 from fedtune.round.membership import Membership
 from fedtune.round.site import SiteStore
 from fedtune.simulation.job import JobClient, TextModel, job_of_model
 from fedtune.train.torch_trainer import choose_device
 
 
-def make_machine(files: SiteFiles) -> tuple[ClientMachine, str]:
-    """The machine, and in words what it has loaded; raises `UsageError`."""
+def make_machine(files: SiteFiles) -> tuple[AuditedMachine, str]:
+    """The machine, and in words what it has loaded; raises `UsageError` or `AuditWriteError`."""
     config, site = files.federation, files.config
     keys, members = files.keys(), files.members()
     pinned = site.policy.roster_digest
@@ -46,5 +47,6 @@ def make_machine(files: SiteFiles) -> tuple[ClientMachine, str]:
         site.policy, SiteStore(files.find(site.site.memory)), keys.identity, members.roster
     )
     job = job_of_model(config, model, [own], None, data.labels, "this site's own")
-    machine = job.machine(0, membership)
+    log = AuditLog(files.find(site.site.audit), keys.identity)
+    machine = AuditedMachine(job.machine(0, membership), job, membership, log)
     return machine, f"{len(train):,} rows to train on, base model {config.base.path}"

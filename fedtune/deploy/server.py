@@ -24,6 +24,7 @@ from fedtune.deploy.keys import (
     read_identity,
     read_roster,
 )
+from fedtune.deploy.server_audit import ServerAudit
 from fedtune.deploy.superlink import Doors, SuperLinkProcess
 from fedtune.errors import ConfigError, KeyFileError, ServerUnreachable
 from fedtune.flower.fleet_grid import FleetGrid
@@ -96,7 +97,10 @@ def run_server(path: Path, progress: Progress) -> Outcome:
     quiet()
     job = _job(deployment)
     run_path = deployment.find(deployment.listen.run)
-    with _open_run(job, run_path) as run:
+    with (
+        _open_run(job, run_path) as run,
+        ServerAudit(deployment.authority, job, run) as audit,
+    ):
         listen, keys = deployment.listen, deployment.find(deployment.listen.keys)
         # One adapter down for all, and at worst every client's update up at a time.
         held = job.adapter.manifest.size * 4 * (len(deployment.members.transport) + 1)
@@ -127,14 +131,20 @@ def run_server(path: Path, progress: Progress) -> Outcome:
             largest = job.adapter.manifest.size * 8 + LARGEST_REST
             grid = FleetGrid(link.address, link.ticket, largest)
             options = Options(workers=0, patience=listen.patience)
-            simulation = Simulation(job, run, options, progress, grid=grid, parties=deployment)
+            simulation = Simulation(
+                job, run, options, progress, grid=grid, parties=deployment, watchers=[audit]
+            )
             try:
                 outcome = simulation.execute()
             except ServerUnreachable:
                 link.check()
                 raise
+            audit.ended(outcome.summary)
+            # Whoever hears it finds out if the log is cut off or written anew later.
+            head = f"head of the server's audit log: {audit.head}"
+            progress.note(head)
             words = f"{outcome.summary.rounds} rounds, {outcome.summary.status}"
-            farewell(grid, words)
+            farewell(grid, f"{words}; {head}")
             return outcome
 
 

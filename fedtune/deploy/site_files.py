@@ -21,6 +21,7 @@ roster = "{roster}"
 certificate = "{certificate}"
 keys = "keys"          # private: they never leave this folder
 memory = "site.db"     # what this site remembers; losing it ends its part in a running run
+audit = "audit.jsonl"  # what it was asked and what it answered, signed; back it up too
 
 [data]
 train = "train.csv"    # columns text and label

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,10 +21,12 @@ from fedtune.deploy.worker import (
     QUESTIONS,
     READY,
     REFUSAL,
+    STOP,
+    end_with,
     read_frame,
     write_frame,
 )
-from fedtune.errors import FedtuneError, WireError
+from fedtune.errors import AuditWriteError, FedtuneError, WireError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ def main() -> NoReturn:
     # What anything prints must not get into the answers.
     os.dup2(2, 1)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    threading.Thread(target=end_with, args=(requests.fileno(),), daemon=True).start()
     try:
         machine, words = make_machine(SiteFiles.read(Path(sys.argv[1])))
     except FedtuneError as error:
@@ -49,6 +53,8 @@ def main() -> NoReturn:
             kind = ANSWER
         except WireError as error:
             kind, answer = REFUSAL, str(error).encode()
+        except AuditWriteError as error:
+            kind, answer = STOP, str(error).encode()
         except FedtuneError as error:
             kind, answer = FAILURE, str(error).encode()
         except Exception as error:  # a text of an exception can quote data: it stays here

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import select
 import struct
 import subprocess
 import sys
@@ -15,12 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
-from fedtune.errors import JobError, UsageError, WireError
+from fedtune.errors import AuditWriteError, JobError, UsageError, WireError
 
 _HEAD = struct.Struct("<cQ")
 _LARGEST = 1 << 34
 QUESTIONS = {b"h": "hello", b"c": "converse", b"t": "train", b"e": "evaluate"}
-READY, ANSWER, REFUSAL, FAILURE, CRASH = b"r", b"a", b"w", b"f", b"x"
+READY, ANSWER, REFUSAL, FAILURE, CRASH, STOP = b"r", b"a", b"w", b"f", b"x", b"s"
 logger = logging.getLogger(__name__)
 
 
@@ -54,13 +56,16 @@ class Worker:
     def answer(self) -> bytes:
         """The answer to what was asked.
 
-        Raises `WireError` if it is refused, `JobError` if there is none.
+        Raises `WireError` if it is refused, `JobError` if there is none, `AuditWriteError` if
+        this site must stop.
         """
         kind, said = self._read()
         if kind == ANSWER:
             return said
         if kind == REFUSAL:
             raise WireError(said.decode())
+        if kind == STOP:
+            raise AuditWriteError(said.decode())
         if kind == FAILURE:
             raise JobError(said.decode())
         logger.error("%s; it is started again", said.decode())
@@ -95,6 +100,17 @@ class Worker:
         if pipe is None:
             raise RuntimeError("the training process has no pipe")
         return pipe
+
+
+def end_with(requests: int) -> None:
+    """End this process when nobody can send it requests any more, whatever it is at.
+
+    Nobody waits for its answer, and the site's next process needs the audit log.
+    """
+    watched = select.poll()
+    watched.register(requests, 0)  # hang-ups are always told
+    watched.poll()
+    os._exit(0)
 
 
 def write_frame(pipe: IO[bytes], kind: bytes, payload: bytes) -> None:

@@ -151,6 +151,11 @@ class SiteStore:
                 "the site agrees to by installing it"
             )
 
+    def runs(self, client: str) -> list[str]:
+        """The runs that the client has ever joined."""
+        rows = self._db.execute("SELECT run_id FROM runs WHERE client = ?", (client,))
+        return [run_id for (run_id,) in rows]
+
     def begin(self, client: str, session: Session, state: ClientSession, answer: Answer) -> None:
         """Take part in a session.
 
@@ -205,6 +210,14 @@ class SiteStore:
             raise ProtocolViolation("a message of a session that this client is not in")
         run_id, number, adapter_digest, state, repeats = row
         return SavedSession(run_id, number, adapter_digest, load(state), tuple(json.loads(repeats)))
+
+    def place_of(self, client: str, session: bytes) -> tuple[str, int, int] | None:
+        """Run, round and attempt of the session with this digest, if the client is in it."""
+        row: tuple[str, int, int] | None = self._db.execute(
+            "SELECT run_id, round, attempt FROM sessions WHERE client = ? AND session = ?",
+            (client, session),
+        ).fetchone()
+        return row
 
     def answered(self, client: str, request: bytes) -> bytes | None:
         """The answer that was given, or should have been, to the last request of a session.

@@ -279,7 +279,10 @@ def hold(folder: Path) -> None:
     from flwr.app import Context, Message
 
     from fedtune.adapter.lora import LoRA
+    from fedtune.audit.log import AuditLog
     from fedtune.config import Policy, parse_config
+    from fedtune.deploy.server_audit import ServerAudit
+    from fedtune.deploy.site_audit import AuditedMachine
     from fedtune.flower import internals
     from fedtune.flower.client_app import make_client_app
     from fedtune.flower.grid import KIND, LocalGrid, message_handler
@@ -340,8 +343,23 @@ def hold(folder: Path) -> None:
                 membership = replace(membership, policy=Policy())
             return job.machine(place, membership)
 
-        def of_node(context: Context) -> ClientMachine:
-            return machine(int(context.node_config["partition-id"]))
+        def of_node(context: Context) -> Audited:
+            return Audited(int(context.node_config["partition-id"]))
+
+        class Audited:
+            """A site's machine with an audit log, open while it is asked something."""
+
+            def __init__(self, place: int) -> None:
+                self._place = place
+
+            def __getattr__(self, question: str) -> Callable[[bytes], bytes]:
+                def ask(payload: bytes) -> bytes:
+                    membership = sites.membership(name := NAMES[self._place])
+                    with AuditLog(path / f"audit-{name}.jsonl", membership.identity) as log:
+                        site = AuditedMachine(machine(self._place), job, membership, log)
+                        return getattr(site, question)(payload)
+
+                return ask
 
         adapter = run.journal.last_state()[1].adapter
 
@@ -349,14 +367,16 @@ def hold(folder: Path) -> None:
             """Keep what a site has learned in the round."""
             nonlocal adapter
             local = machine(NAMES.index(CALM))._local
-            update = local.train(adapter, record.round).update
+            learned = local.train(adapter, record.round)
+            keep("losses", repr(learned.loss))
+            update = learned.update
             quantizer = make_quantizer(config, len(update), len(NAMES))
             rng = local.rounding(record.round)
             integers = quantizer.encode(update, local.train_examples, 1.0, rng)
             ring = make_ring(quantizer, len(NAMES))
             packed = np.frombuffer(ring.pack(ring.lower(integers)), np.uint8)
-            learned = {"update": update, "trained": adapter + update, "integers": integers}
-            np.savez(folder / f"{record.round}.npz", packed=packed, **learned)
+            vectors = {"update": update, "trained": adapter + update, "integers": integers}
+            np.savez(folder / f"{record.round}.npz", packed=packed, **vectors)
             (folder / f"{record.round}.disk").write_bytes(disks())
             sites.close()  # a worker may be forked from this process later
             adapter = run.journal.last_state()[1].adapter
@@ -367,7 +387,9 @@ def hold(folder: Path) -> None:
         try:
             grid = Network(pool, len(NAMES))
             progress = make_progress()
-            simulation = Simulation(job, run, Options(0), progress, on_round, grid, sites)
+            audit = ServerAudit(sites.authority, job, run)
+            watchers = [audit]
+            simulation = Simulation(job, run, Options(0), progress, on_round, grid, sites, watchers)
             outcome = simulation.execute()
             assert outcome.error is None
             said = [outcome, sites, sites.authority, sites.membership(CALM), machine(0), run, job]
@@ -516,6 +538,24 @@ class TestFederation:
         for name, data in federation.files.items():
             assert found_in(data, federation.updates) == [], name
         assert found_in(federation.sites + federation.output, federation.updates) == []
+
+    def test_audit_logs_hold_nothing_that_was_learned(self, federation: Federation) -> None:
+        """That no secret, update, text or label is in them is tested with the other files."""
+        logs = {name for name in federation.files if name.startswith("audit")}
+        assert logs == {"audit.jsonl", *(f"audit-{name}.jsonl" for name in NAMES)}
+        losses = [loss[:8].encode() for loss in read_lines(federation.folder / "losses")]
+        assert len(set(losses)) == ROUNDS
+        failed = []
+        for name in sorted(logs):
+            data = federation.files[name]
+            assert b'"round":4' in data
+            assert not any(loss in data for loss in losses)
+            events = [json.loads(line) for line in data.splitlines()]
+            failed += [e["details"] for e in events if e["event"] == "request-failed"]
+        # The trouble of the one that tells is there by its kind, that of the shy one is not.
+        assert [(f["request"], f["round"], f["reason"]) for f in failed] == [
+            ("train", 2, "ValueError")
+        ]
 
     def test_the_server_forgets_the_masked_values(self, federation: Federation) -> None:
         from fedtune.flower.envelope import unwrap

@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -21,6 +23,7 @@ from e2e_helpers import Command, Launcher, adapter_bytes, read_metrics, read_sum
 
 from fedtune.deploy.keys import make_roster, make_server_keys, make_site_keys
 from fedtune.deploy.site_files import CLIENT_TEMPLATE
+from fedtune.secagg.keys import SERVER
 
 SITES = ("clinic-0", "clinic-1", "clinic-2")
 
@@ -78,6 +81,32 @@ class Federation:
     def server(self) -> Command:
         return self._launch.warm("server", self.folder / "federation.toml")
 
+    def audit(self, name: str) -> Path:
+        """The audit log of a site, or of the server."""
+        folder = self.run if name == SERVER else self.folder / "sites" / name
+        return folder / "audit.jsonl"
+
+    def verify(self, name: str, *more: str) -> tuple[int, Command]:
+        """What `fedtune audit verify` says of a log."""
+        roster = self.folder / "roster.toml"
+        options = ("--roster", roster, "--name", name, *more)
+        return self._launch.run("audit", "verify", self.audit(name), *options)
+
+    def compare(self, name: str) -> dict[str, Any]:
+        """What `fedtune audit compare` says of the server's log and that of a site."""
+        logs = self.audit(SERVER), self.audit(name)
+        roster = self.folder / "roster.toml"
+        _, command = self._launch.run("audit", "compare", *logs, "--roster", roster, "--json")
+        found = json.loads(command.stdout)
+        return {key: found[key] for key in ("counted", "agree")}
+
+    def verified(self, name: str) -> list[tuple[str, dict[str, Any]]]:
+        """Events and details of a log that is sound."""
+        code, command = self.verify(name)
+        assert code == 0, command.stderr
+        entries = [json.loads(line) for line in self.audit(name).read_text().splitlines()]
+        return [(entry["event"], entry["details"]) for entry in entries]
+
     def client(self, name: str) -> Command:
         return self._launch.cold("client", self.folder / "sites" / name / "client.toml", "--once")
 
@@ -129,7 +158,7 @@ def simulated(
 def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     make_federation: Callable[[], Federation], simulated: Path
 ) -> None:
-    """Over sockets and TLS, in eight processes, bit for bit; one site is killed in between."""
+    """Over sockets and TLS, in eight processes, bit for bit; two sites end in between."""
     federation = make_federation()
     server = federation.server()
     clients = {name: federation.client(name) for name in SITES}
@@ -139,11 +168,16 @@ def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     maps = Path(f"/proc/{late.pid}/maps").read_text()
     assert "libtorch" not in maps
     late.kill()
+    # A site whose audit log is not its own any more does nothing more, until it is started again.
+    with federation.audit("clinic-2").open("ab") as file:
+        file.write(b"?")
     again = federation.client("clinic-1")
+    assert clients["clinic-2"].wait() == 1
+    assert "somebody else has changed or removed it" in clients["clinic-2"].stderr
+    restarted = federation.client("clinic-2")
     assert server.wait() == 0, server.stderr
-    for name in ("clinic-0", "clinic-2"):
-        assert clients[name].wait() == 0, clients[name].stderr
-    assert again.wait() == 0, again.stderr
+    for client in (clients["clinic-0"], again, restarted):
+        assert client.wait() == 0, client.stderr
 
     assert adapter_bytes(federation.run) == adapter_bytes(simulated)
     summary = read_summary(federation.run)
@@ -152,6 +186,38 @@ def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     metrics = read_metrics(federation.run)
     assert [record["round"] for record in metrics] == [1, 2, 3]
     assert all(record["clients"] == list(SITES) for record in metrics)
+
+    # What the server's log says is what happened, and its sites were told its head.
+    passport = json.loads((federation.run / "adapter" / "passport.json").read_text())
+    entries = federation.verified(SERVER)
+    rounds = [details for event, details in entries if event == "round-committed"]
+    assert [details["round"] for details in rounds] == [1, 2, 3]
+    assert all(details["counted"] == list(SITES) for details in rounds)
+    assert rounds[-1]["adapter"] == passport["adapter_digest"]
+    assert [details["config"] for event, details in entries if event == "server-started"] == [
+        passport["config_digest"]
+    ]
+    assert entries[-1] == ("run-ended", {"rounds": 3, "status": "finished"})
+    [head] = re.findall(r"head of the server's audit log: (\S+)", again.stderr)
+    assert head in server.stderr
+    assert federation.verify(SERVER, "--head", head)[0] == 0
+    # And each site's log what that site was asked, whatever became of its process.
+    for name in SITES:
+        entries = federation.verified(name)
+        started = [details for event, details in entries if event == "site-started"]
+        assert len(started) == (1 if name == "clinic-0" else 2)
+        assert {details["config"] for details in started} == {passport["config_digest"]}
+        assert {details["roster"] for details in started} == {federation.roster.roster.digest.hex()}
+        trained = [
+            d["round"]
+            for event, d in entries
+            if event == "request-answered" and d["request"] == "train"
+        ]
+        assert sorted(set(trained)) == [1, 2, 3]
+        assert [details["bytes"] for event, details in entries if event == "torn-line-removed"] == (
+            [1] if name == "clinic-2" else []
+        )
+    assert federation.compare("clinic-2") == {"counted": [1, 2, 3], "agree": True}
 
 
 def test_a_server_that_is_killed_goes_on(
@@ -171,6 +237,11 @@ def test_a_server_that_is_killed_goes_on(
         assert client.wait() == 0, client.stderr
     assert adapter_bytes(federation.run) == adapter_bytes(simulated)
     assert "going on after round 1" in server.stderr
+    entries = federation.verified(SERVER)
+    rounds = [details["round"] for event, details in entries if event == "round-committed"]
+    assert rounds == [1, 2, 3]
+    resumed = [d["resumed-after-round"] for event, d in entries if event == "server-started"]
+    assert resumed == [0, 0, 1]
 
 
 def test_a_server_whose_network_has_ended_says_so(
