@@ -253,6 +253,29 @@ def keys_server(
     typer.echo(f"{folder}/ca.crt is for the sites; everything else stays here")
 
 
+@keys.command(
+    "certificate",
+    epilog="Examples:  fedtune keys certificate server-keys  |  "
+    "fedtune keys certificate server-keys --host fedtune.example.org --host 10.0.0.7",
+)
+def keys_certificate(
+    folder: Annotated[Path, typer.Argument(help="The server's folder of keys.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name or address by which sites reach the server.",
+            show_default="those of the old certificate",
+        ),
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """A new certificate for the server, by the authority that sites know already."""
+    from fedtune.deploy.keys import renew_certificate
+
+    end = renew_certificate(folder, host or ()).not_valid_after_utc
+    typer.echo(f"{folder}/server.crt: good until {end:%Y-%m-%d}; start the server again to use it")
+
+
 @keys.command("site", epilog="Examples:  fedtune keys site keys --name clinic-1")
 def keys_site(
     folder: Annotated[Path, typer.Argument(help="A new folder, at the site.")],

@@ -13,6 +13,7 @@ import binascii
 import datetime
 import ipaddress
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ SERVER_CERTIFICATE = "server.crt"
 PUBLIC = "public.toml"
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
 _LARGEST_FILE = 1 << 20
+_PEM = serialization.Encoding.PEM
+_HOST = re.compile(r"(?=.{1,253}\Z)(\*\.)?[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class Members:
 
 def make_server_keys(folder: Path, hosts: Sequence[str]) -> None:
     """A new authority, a certificate for `hosts` (names or addresses), and an identity."""
+    names = _host_names(hosts)
     _make_folder(folder)
     authority, server = _transport_key(), _transport_key()
     issuer = _name("fedtune authority")
     now = datetime.datetime.now(datetime.UTC)
+    end = now + datetime.timedelta(days=AUTHORITY_DAYS)
     ca = (
-        _certificate(issuer, issuer, authority.public_key(), now, AUTHORITY_DAYS)
+        _certificate(issuer, issuer, authority.public_key(), now, end)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(sign_certificates=True), critical=True)
         .add_extension(
@@ -74,26 +79,39 @@ def make_server_keys(folder: Path, hosts: Sequence[str]) -> None:
         )
         .sign(authority, hashes.SHA256())
     )
-    certificate = (
-        _certificate(_name(hosts[0]), issuer, server.public_key(), now, SERVER_DAYS)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(sign_certificates=False), critical=True)
-        .add_extension(
-            x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False
-        )
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
-            critical=False,
-        )
-        .sign(authority, hashes.SHA256())
-    )
+    certificate = _server_certificate(names, server.public_key(), ca, authority)
     write_private(folder / AUTHORITY_KEY, _private_pem(authority))
     write_private(folder / SERVER_KEY, _private_pem(server))
     write_private(folder / IDENTITY, _private_pem(Ed25519PrivateKey.generate()))
-    pem = serialization.Encoding.PEM
-    (folder / SERVER_CERTIFICATE).write_bytes(certificate.public_bytes(pem))
-    (folder / AUTHORITY).write_bytes(ca.public_bytes(pem))
+    (folder / SERVER_CERTIFICATE).write_bytes(certificate.public_bytes(_PEM))
+    (folder / AUTHORITY).write_bytes(ca.public_bytes(_PEM))
+
+
+def renew_certificate(folder: Path, hosts: Sequence[str] = ()) -> x509.Certificate:
+    """A new certificate of the authority in `folder` for the server's key, which stays.
+
+    It is for `hosts`, or without any for those of the old one, and takes the old one's place.
+    With another key two files would have to change at once, and a key that was stolen is not
+    helped by a new certificate: nobody looks whether an old one was revoked.
+
+    Raises `KeyFileError`, and then the old certificate stays.
+    """
+    authority, server = _load(folder / AUTHORITY_KEY), _load(folder / SERVER_KEY)
+    ca = _load_certificate(folder / AUTHORITY)
+    if not isinstance(server, ec.EllipticCurvePrivateKey):
+        raise KeyFileError(f"{folder / SERVER_KEY}: not an elliptic-curve key")
+    if (
+        not isinstance(authority, ec.EllipticCurvePrivateKey)
+        or authority.public_key() != ca.public_key()
+    ):
+        raise KeyFileError(f"{folder / AUTHORITY_KEY}: not the key of {folder / AUTHORITY}")
+    if ca.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
+        raise KeyFileError(f"{folder / AUTHORITY}: the authority has expired; make a new one")
+    path = folder / SERVER_CERTIFICATE
+    names = _host_names(hosts) if hosts else _names_of(_load_certificate(path), path)
+    renewed = _server_certificate(names, server.public_key(), ca, authority)
+    write_atomic(path, renewed.public_bytes(_PEM))
+    return renewed
 
 
 def make_site_keys(folder: Path, name: str) -> Path:
@@ -192,6 +210,16 @@ def _load(path: Path) -> object:
         raise KeyFileError(f"{path}: not a private key in PEM form") from error
 
 
+def _load_certificate(path: Path) -> x509.Certificate:
+    try:
+        with path.open("rb") as file:
+            return x509.load_pem_x509_certificate(file.read(_LARGEST_FILE))
+    except OSError as error:
+        raise KeyFileError(f"{path}: cannot be read: {error.strerror}; see fedtune keys") from error
+    except ValueError as error:
+        raise KeyFileError(f"{path}: not a certificate in PEM form") from error
+
+
 def _make_folder(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise KeyFileError(
@@ -206,7 +234,7 @@ def _transport_key() -> ec.EllipticCurvePrivateKey:
 
 def _private_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
     return key.private_bytes(
-        serialization.Encoding.PEM,
+        _PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
@@ -226,11 +254,50 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
+def _host_names(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
+    return x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+
+
 def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        return x509.DNSName(host)
+        pass
+    if not _HOST.fullmatch(host):
+        raise KeyFileError(
+            f"--host {host!r}: neither a name in ASCII, without a port, nor an address"
+        )
+    return x509.DNSName(host)
+
+
+def _names_of(certificate: x509.Certificate, path: Path) -> x509.SubjectAlternativeName:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound as error:
+        raise KeyFileError(f"{path}: it names no hosts; say them with --host") from error
+
+
+def _server_certificate(
+    names: x509.SubjectAlternativeName,
+    key: ec.EllipticCurvePublicKey,
+    ca: x509.Certificate,
+    authority: ec.EllipticCurvePrivateKey,
+) -> x509.Certificate:
+    now = datetime.datetime.now(datetime.UTC)
+    # One that outlives its authority is good for nothing in that time.
+    end = min(now + datetime.timedelta(days=SERVER_DAYS), ca.not_valid_after_utc)
+    return (
+        _certificate(_name("fedtune server"), ca.subject, key, now, end)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(sign_certificates=False), critical=True)
+        .add_extension(names, critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
+            critical=False,
+        )
+        .sign(authority, hashes.SHA256())
+    )
 
 
 def _certificate(
@@ -238,7 +305,7 @@ def _certificate(
     issuer: x509.Name,
     key: ec.EllipticCurvePublicKey,
     now: datetime.datetime,
-    days: int,
+    end: datetime.datetime,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -248,7 +315,7 @@ def _certificate(
         .serial_number(x509.random_serial_number())
         # A site whose clock is a little behind accepts it too.
         .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_after(end)
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import stat
 import tomllib
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.verification import PolicyBuilder, Store
@@ -163,3 +166,110 @@ def test_names_of_sites_can_be_printed(tmp_path: Path, name: str) -> None:
 def test_transport_keys_are_of_the_curve_that_flower_knows(folder: Path) -> None:
     found = keys.read_site_keys(folder / "a", "a").transport
     assert isinstance(found.curve, ec.SECP384R1)
+
+
+def _pem(path: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def _accepted(folder: Path, host: x509.GeneralName, when: datetime.datetime) -> bool:
+    """Whether a site that has the authority's certificate takes the server's, by RFC 5280."""
+    assert isinstance(host, (x509.DNSName, x509.IPAddress))
+    authority, leaf = _pem(folder / "ca.crt"), _pem(folder / "server.crt")
+    builder = PolicyBuilder().store(Store([authority])).time(when)
+    try:
+        builder.build_server_verifier(host).verify(leaf, [])
+    except x509.verification.VerificationError:
+        return False
+    return True
+
+
+def test_a_certificate_is_renewed_by_the_same_authority(folder: Path) -> None:
+    """Sites that have ca.crt accept it, for the same hosts or for others, for longer."""
+    server = folder / "server"
+    before = {path.name: path.read_bytes() for path in server.iterdir()}
+    name, other = x509.DNSName("fed.example.org"), x509.DNSName("new.example.org")
+    address = x509.IPAddress(ipaddress.ip_address("10.0.0.7"))
+    now = datetime.datetime.now(datetime.UTC)
+
+    renewed = keys.renew_certificate(server)
+    after = {path.name: path.read_bytes() for path in server.iterdir()}
+    assert {key for key in before if before[key] != after[key]} == {"server.crt"}
+    assert set(after) == set(before)
+    assert _pem(server / "server.crt") == renewed
+    assert _accepted(server, name, now)
+    assert _accepted(server, address, now)
+    assert _accepted(server, name, now + datetime.timedelta(days=396))
+    assert not _accepted(server, name, now + datetime.timedelta(days=398))
+    private = serialization.load_pem_private_key(after["server.key"], None)
+    assert private.public_key() == renewed.public_key()
+
+    keys.renew_certificate(server, ["new.example.org"])
+    assert _accepted(server, other, now)
+    assert not _accepted(server, name, now)
+    # It is by the authority of this federation, and by no other that bears the same name.
+    keys.make_server_keys(folder / "another", ["new.example.org"])
+    (server / "ca.crt").write_bytes((folder / "another" / "ca.crt").read_bytes())
+    assert not _accepted(server, other, now)
+
+
+def test_a_certificate_does_not_outlive_its_authority(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "AUTHORITY_DAYS", 30)
+    keys.make_server_keys(folder / "short", ["fed.example.org"])
+    end = _pem(folder / "short" / "ca.crt").not_valid_after_utc
+    assert keys.renew_certificate(folder / "short").not_valid_after_utc == end
+    monkeypatch.setattr(keys, "AUTHORITY_DAYS", 0)
+    keys.make_server_keys(folder / "over", ["fed.example.org"])
+    with pytest.raises(KeyFileError, match="expired"):
+        keys.renew_certificate(folder / "over")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("ca.key", None, "cannot be read"),
+        ("ca.key", "another", "not the key of"),
+        ("ca.key", b"no key", "not a private key"),
+        ("ca.crt", None, "cannot be read"),
+        ("ca.crt", b"no certificate", "not a certificate"),
+        ("server.key", None, "cannot be read"),
+        ("server.crt", None, "cannot be read"),
+        ("server.crt", b"no certificate", "not a certificate"),
+        ("server.crt", "ca.crt", "names no hosts"),
+    ],
+)
+def test_a_certificate_is_not_renewed_from_files_that_do_not_fit(
+    folder: Path, name: str, content: bytes | str | None, words: str
+) -> None:
+    server = folder / "server"
+    if content is None:
+        (server / name).unlink()
+    elif content == "another":
+        keys.make_server_keys(folder / "another", ["fed.example.org"])
+        (server / name).write_bytes((folder / "another" / name).read_bytes())
+    elif isinstance(content, str):
+        (server / name).write_bytes((server / content).read_bytes())
+    else:
+        (server / name).write_bytes(content)
+    before = {path: path.read_bytes() for path in server.iterdir()}
+    with pytest.raises(KeyFileError, match=words):
+        keys.renew_certificate(server)
+    assert {path: path.read_bytes() for path in server.iterdir()} == before
+
+
+@pytest.mark.parametrize("host", ["", "a b", "ü.example.org", "fed.example.org:9092", "x" * 300])
+def test_what_is_no_host_is_refused(folder: Path, host: str) -> None:
+    with pytest.raises(KeyFileError, match="--host"):
+        keys.make_server_keys(folder / "new", [host])
+    assert not (folder / "new").exists()
+    with pytest.raises(KeyFileError, match="--host"):
+        keys.renew_certificate(folder / "server", ["fed.example.org", host])
+
+
+def test_a_long_host_name_is_as_good_as_a_short_one(folder: Path) -> None:
+    host = ".".join(["x" * 60] * 4)
+    keys.make_server_keys(folder / "long", [host])
+    now = datetime.datetime.now(datetime.UTC)
+    assert _accepted(folder / "long", x509.DNSName(host), now)
