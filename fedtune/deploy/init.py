@@ -18,7 +18,8 @@ from fedtune.deploy.keys import AUTHORITY, make_roster, make_server_keys, make_s
 from fedtune.deploy.site_files import CLIENT_TEMPLATE
 from fedtune.errors import BaseModelError, ConfigError, RunFolderError
 
-FEDERATION, SERVER, ROSTER, README = "federation.toml", "server.toml", "roster.toml", "README.md"
+FEDERATION, SERVER, CLIENT, ROSTER = "federation.toml", "server.toml", "client.toml", "roster.toml"
+README = "README.md"
 SITES, SERVER_KEYS, SITE_KEYS = "sites", "server-keys", "keys"
 REHEARSAL_HOSTS = ("localhost", "127.0.0.1")
 
@@ -44,10 +45,11 @@ _README = """\
    by which sites reach the server.
 3. At each site: `fedtune keys site keys --name NAME`; the site sends `keys/public.toml` to you.
    Its private keys stay where they are.
-4. On the server: `fedtune keys roster . PUBLIC.toml ...`. Send `roster.toml`, `federation.toml` and
-   `server-keys/ca.crt` to the sites, and tell them the roster's digest on another way, best by
-   telephone: who can replace the roster can read everything.
-5. On the server: `fedtune server federation.toml`. At each site: `fedtune client client.toml`.
+4. On the server: `fedtune keys roster . PUBLIC.toml ...`. Send `roster.toml`, `federation.toml`,
+   `client.toml` and `server-keys/ca.crt` to the sites, and tell them the roster's digest on another
+   way, best by telephone: who can replace the roster can read everything.
+5. At each site: edit `client.toml`: name, server, data, and the policy, which is the site's own.
+6. On the server: `fedtune server federation.toml`. At each site: `fedtune client client.toml`.
 
 `ca.key`, `server.key` and `identity.key` must never leave the server. After Ctrl-C, a crash or a
 power cut start the same command again: it goes on where it was.
@@ -55,12 +57,23 @@ power cut start the same command again: it goes on where it was.
 
 
 def init_folder(folder: Path, preset: str) -> None:
-    """Write federation.toml, server.toml and a README; raises `RunFolderError`."""
+    """Write federation.toml, server.toml, a client.toml for the sites to edit, and a README.
+
+    Raises `RunFolderError`.
+    """
     _make(folder)
     load_preset(preset)
     text = (PRESETS / f"{preset}.toml").read_text()
     (folder / FEDERATION).write_text(_with_digest(text), encoding="utf-8")
     (folder / SERVER).write_text(_SERVER.format(host="0.0.0.0", port=9092))  # noqa: S104
+    client = CLIENT_TEMPLATE.format(
+        name="clinic-1",
+        server="fedtune.example.org:9092",
+        federation=FEDERATION,
+        roster=ROSTER,
+        certificate=AUTHORITY,
+    )
+    (folder / CLIENT).write_text(client, encoding="utf-8")
     (folder / README).write_text(_README, encoding="utf-8")
 
 
@@ -89,7 +102,7 @@ def init_rehearsal(folder: Path, preset: str, clients: int, port: int) -> None:
         site.mkdir(parents=True)
         _write_rows(site / "train.csv", client.train, data.labels)
         public.append(make_site_keys(site / SITE_KEYS, client.name))
-        (site / "client.toml").write_text(
+        (site / CLIENT).write_text(
             CLIENT_TEMPLATE.format(
                 name=client.name,
                 server=f"127.0.0.1:{port}",

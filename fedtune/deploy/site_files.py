@@ -11,7 +11,10 @@ from fedtune.deploy.keys import Members, SiteKeys, read_roster, read_site_keys
 from fedtune.errors import BaseModelError, ConfigError, KeyFileError
 
 CLIENT_TEMPLATE = """\
-# One site's own file. Every key is in docs/configuration.md.
+# One site's own file. Every key is in docs/configuration.md; paths are relative to this file.
+#
+# Take part:                 fedtune client client.toml
+# See what it would refuse:  fedtune simulate --policy client.toml
 
 [site]
 name = "{name}"
@@ -30,14 +33,22 @@ train = "train.csv"    # columns text and label
 threads = 1
 # base = "/models/base"  # where the base model lies here, if it shall not be fetched
 
-# Stronger than anything that a server asks for.
+# Stronger than anything that a server asks for. What stands here is the default.
 [policy]
-require-masking = true
-min-cohort = 3
-share-metrics = "sum"
-report-failures = false
-# max-epsilon = 3.0
-# roster-digest = "..."  # told to us by other means than through the server
+require-masking = true      # the server may see sums only
+min-cohort = 3              # fewest updates in a sum that ours is part of
+min-threshold = 0.6666      # more than this share of a round must agree to open its sum
+min-colluding = 0.0         # least share of clients in league with the server that must not matter
+require-privacy = "none"    # "record" or "client": differential privacy must be on
+max-delta = 1e-3
+report-failures = false     # may the server learn that training failed here?
+share-metrics = "sum"       # losses and counts: "never", in a masked "sum", or "each" by itself
+# max-epsilon = 3.0         # most that we ever spend, over all runs together
+# min-noise = 0.5           # least noise multiplier
+# max-update-norm = 20.0
+# base-digests = ["..."]    # SHA-256, as in passport.json
+# rules = ["fedavg"]
+# roster-digest = "..."     # SHA-256, told to us by other means than through the server
 """
 
 
