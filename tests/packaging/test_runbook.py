@@ -88,8 +88,9 @@ def test_a_message_of_the_runbook_is_one_that_is_said(message: str) -> None:
 
 def test_what_a_site_tells_its_operator_is_in_the_runbook() -> None:
     """Every `say` of the process that talks to the network."""
-    source = ast.parse((ROOT / "fedtune" / "deploy" / "client.py").read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
+    files = [ROOT / "fedtune" / "deploy" / name for name in ("client.py", "base_fetch.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
     told = [
         _text(call.args[0])
         for call in calls
