@@ -50,6 +50,15 @@ class _Stopped(BaseException):
 
 def run_client(path: Path, once: bool, say: Say) -> int:
     """Take part until stopped, or with `once` until the run is over; returns the exit code."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _take_part(path, once, say)
+    except _Stopped:
+        say("stopped")
+        return 0
+
+
+def _take_part(path: Path, once: bool, say: Say) -> int:
     files = SiteFiles.read(path)
     keys, members = files.keys(), files.members()
     certificate = files.find(files.config.site.certificate)
@@ -58,7 +67,6 @@ def run_client(path: Path, once: bool, say: Say) -> int:
     except OSError as error:
         raise KeyFileError(f"{certificate}: cannot be read: {error.strerror}") from error
     quiet()
-    signal.signal(signal.SIGTERM, _stop)
     site = files.config.site
     with ExitStack() as stack:
         worker = stack.enter_context(Worker(path))
@@ -67,11 +75,7 @@ def run_client(path: Path, once: bool, say: Say) -> int:
         stack.callback(connection.close)
         try:
             return _Site(connection, worker, once, say, site.server).run()
-        except _Stopped:
-            connection.leave()
-            say("stopped")
-            return 0
-        except KeyboardInterrupt:
+        except (_Stopped, KeyboardInterrupt):
             connection.leave()
             raise
 

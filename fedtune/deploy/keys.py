@@ -171,6 +171,17 @@ def read_site_keys(folder: Path, name: str) -> SiteKeys:
     return SiteKeys(read_identity(folder, name), transport)
 
 
+def read_certificate(path: Path) -> x509.Certificate:
+    """A certificate; raises `KeyFileError`."""
+    try:
+        with path.open("rb") as file:
+            return x509.load_pem_x509_certificate(file.read(_LARGEST_FILE))
+    except OSError as error:
+        raise KeyFileError(f"{path}: cannot be read: {error.strerror}; see fedtune keys") from error
+    except ValueError as error:
+        raise KeyFileError(f"{path}: not a certificate in PEM form") from error
+
+
 def check_private(path: Path) -> None:
     """Raise `KeyFileError` unless `path` is a file that its owner alone can read."""
     try:

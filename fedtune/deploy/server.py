@@ -24,6 +24,7 @@ from fedtune.deploy.keys import (
     read_roster,
 )
 from fedtune.deploy.superlink import Doors, SuperLinkProcess
+from fedtune.deploy.watch import Connections, make_status, watched
 from fedtune.errors import ConfigError, KeyFileError, ServerUnreachable
 from fedtune.flower.fleet_grid import FleetGrid
 from fedtune.flower.internals import quiet
@@ -90,8 +91,9 @@ class Deployment:
 
 def run_server(path: Path, progress: Progress) -> Outcome:
     """Run the federation to its end, or go on with it; raises `UsageError`."""
+    signal.signal(signal.SIGTERM, _stop)
     deployment = Deployment.read(path)
-    signal.signal(signal.SIGTERM, _interrupt)
+    progress.note(f"loading the base model {deployment.federation.base.path}")
     quiet()
     job = _job(deployment)
     run_path = deployment.find(deployment.listen.run)
@@ -107,27 +109,36 @@ def run_server(path: Path, progress: Progress) -> Outcome:
             run_path / DATABASE if held > LARGEST_IN_MEMORY else None,
             run_path / LOG,
         )
-        with SuperLinkProcess(doors, deployment.members.transport) as link:
+        status = make_status(job.config, deployment.members.transport, run.journal)
+        with (
+            SuperLinkProcess(doors, deployment.members.transport) as link,
+            watched(listen.status_address, keys, status, link) as words_of_status,
+        ):
             clients = len(deployment.members.transport)
             done = len(run.journal.records())
             progress.started(
                 [
                     f"listening at {listen.host}:{link.port} for {clients} clients; "
                     f"roster {deployment.members.roster.digest.hex()[:16]}",
+                    *words_of_status,
                     *([f"going on after round {done}"] if done else []),
                 ],
                 job.config.rounds.count,
             )
             # Values under masks have at most 62 bits.
             largest = job.adapter.manifest.size * 8 + LARGEST_REST
-            grid = FleetGrid(link.address, link.ticket, largest)
+            connections = Connections(deployment.members.transport, progress, status)
+            grid = FleetGrid(link.address, link.ticket, largest, connections.looked)
             options = Options(workers=0, patience=listen.patience)
-            simulation = Simulation(job, run, options, progress, grid=grid, parties=deployment)
+            simulation = Simulation(
+                job, run, options, progress, grid=grid, parties=deployment, watchers=[status]
+            )
             try:
                 outcome = simulation.execute()
             except ServerUnreachable:
                 link.check()
                 raise
+            status.ended("failed" if outcome.error else "finished", str(outcome.error or ""))
             words = f"{outcome.summary.rounds} rounds, {outcome.summary.status}"
             farewell(grid, words)
             return outcome
@@ -159,5 +170,9 @@ def _job(deployment: Deployment) -> Job:
     return job_of_model(config, model, absent, test, labels, words)
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class Terminated(KeyboardInterrupt):
+    """Someone ends this process by SIGTERM, as a service manager does."""
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated

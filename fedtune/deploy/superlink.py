@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+import httpx
 
 from fedtune.errors import ConfigError, JobError
 from fedtune.flower.runtime import RunTicket, SuperLink
@@ -77,6 +80,14 @@ class SuperLinkProcess:
             self._process.wait(END_SECONDS)
             raise JobError(f"Flower's SuperLink has ended; see {self._log}")
 
+    def answers(self) -> bool:
+        """Whether it answers at all, within two seconds."""
+        try:
+            httpx.get(f"http://{self.address}/", timeout=2.0, trust_env=False)
+        except httpx.TransportError:
+            return False
+        return True
+
     def close(self) -> None:
         """End it."""
         if self._process.stdin is not None:
@@ -114,6 +125,10 @@ class SuperLinkProcess:
 
 def main() -> None:
     """What the process does: read the settings, listen, and end with the standard input."""
+    # It ends with its standard input. A signal to all processes of a terminal or of a service is
+    # for its parent, which may still need it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
     # What is printed by others must not be taken for the answer.
     answer, sys.stdout = sys.stdout, sys.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
@@ -40,9 +40,7 @@ class Progress(Protocol):
     def waiting(self, found: int, wanted: int) -> None:
         """No round can begin yet: `found` of `wanted` clients take part."""
 
-    def round_running(
-        self, round: int, stage: str, waiting_for: Sequence[str], total: int
-    ) -> None:
+    def round_running(self, round: int, stage: str, waiting_for: Sequence[str], total: int) -> None:
         """In a stage of `round`, all of `total` clients have answered but these."""
 
     def references_running(self, done: int, total: int) -> None:
@@ -96,9 +94,7 @@ class PlainProgress:
             self._print(f"waiting for clients, {wanted - found} of {wanted} are missing")
         self._waits = True
 
-    def round_running(
-        self, round: int, stage: str, waiting_for: Sequence[str], total: int
-    ) -> None:
+    def round_running(self, round: int, stage: str, waiting_for: Sequence[str], total: int) -> None:
         """Nothing: a log wants results, not motion."""
         self._waits = False
 
@@ -185,9 +181,7 @@ class LiveProgress:
         label = "waiting for clients"
         self._bar(label, label, found, wanted, "clients")
 
-    def round_running(
-        self, round: int, stage: str, waiting_for: Sequence[str], total: int
-    ) -> None:
+    def round_running(self, round: int, stage: str, waiting_for: Sequence[str], total: int) -> None:
         """Move the bar of the stage, and name those who are late: most others have answered."""
         late = waiting_for if len(waiting_for) <= total / 2 else ()
         named = [f"{n} (not connected)" if n in self._absent else n for n in late]
@@ -246,11 +240,9 @@ class LiveProgress:
         counts = [f"{done}/{total} {unit}"] if total else []
         counts += [f"late: {_listed(late)}"] if late else []
         total = total or 1  # of work that cannot be counted nothing is done until all is
-        fields = {"counts": counts, "left": left}
+        fields: dict[str, Any] = {"counts": counts, "left": left}
         if self._task is not None and about == self._about:
-            self._live.update(
-                self._task, description=label, completed=done, total=total, **fields
-            )
+            self._live.update(self._task, description=label, completed=done, total=total, **fields)
             return
         self._remove_bar()
         self._task = self._live.add_task(label, completed=done, total=total, **fields)
