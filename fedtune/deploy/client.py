@@ -25,7 +25,7 @@ from fedtune.errors import (
 )
 from fedtune.flower.client_app import make_client_app
 from fedtune.flower.envelope import CLIENT_REFUSED, FAREWELL, failure, reply, unwrap
-from fedtune.flower.internals import quiet
+from fedtune.flower.internals import take_over_log
 from fedtune.flower.network import HEARTBEAT_SECONDS, NodeConnection
 
 from flwr.app import Context, Message, RecordDict  # isort: skip
@@ -56,6 +56,9 @@ def run_client(path: Path, once: bool, say: Say) -> int:
     except _Stopped:
         say("stopped")
         return 0
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
 
 
 def _take_part(path: Path, once: bool, say: Say) -> int:
@@ -66,7 +69,7 @@ def _take_part(path: Path, once: bool, say: Say) -> int:
         authority = certificate.read_bytes()
     except OSError as error:
         raise KeyFileError(f"{certificate}: cannot be read: {error.strerror}") from error
-    quiet()
+    take_over_log()
     site = files.config.site
     with ExitStack() as stack:
         worker = stack.enter_context(Worker(path))
@@ -109,7 +112,8 @@ class _Site:
             try:
                 return self._serve()
             except NetworkError as error:
-                self._say(f"connection lost: {error}")
+                self._say(f"connection lost, trying on: {error}")
+                told = str(error)
                 # To be refused again and again has a reason that does not go away.
                 self._refusals = self._refusals + 1 if isinstance(error, ServerRefused) else 0
                 if self._refusals > 3:

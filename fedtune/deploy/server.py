@@ -27,7 +27,7 @@ from fedtune.deploy.superlink import Doors, SuperLinkProcess
 from fedtune.deploy.watch import Connections, make_status, watched
 from fedtune.errors import ConfigError, KeyFileError, ServerUnreachable
 from fedtune.flower.fleet_grid import FleetGrid
-from fedtune.flower.internals import quiet
+from fedtune.flower.internals import take_over_log
 from fedtune.flower.strategy import farewell
 from fedtune.report.progress import Progress
 from fedtune.round.masked import Authority
@@ -94,7 +94,7 @@ def run_server(path: Path, progress: Progress) -> Outcome:
     signal.signal(signal.SIGTERM, _stop)
     deployment = Deployment.read(path)
     progress.note(f"loading the base model {deployment.federation.base.path}")
-    quiet()
+    take_over_log()
     job = _job(deployment)
     run_path = deployment.find(deployment.listen.run)
     with _open_run(job, run_path) as run:

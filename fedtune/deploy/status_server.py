@@ -55,7 +55,7 @@ class StatusServer:
 
     def _serve(self) -> None:
         try:
-            self._server.serve_forever()
+            self._server.serve_forever(poll_interval=0.1)
         except Exception as error:
             logger.error("/health and /metrics answer no more (%s); the run goes on", error)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import os
 import signal
 import socket
@@ -18,17 +19,20 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
 from fedtune.errors import ConfigError, JobError
+from fedtune.flower.internals import is_harmless, take_over_log
 from fedtune.flower.runtime import RunTicket, SuperLink
 
 START_SECONDS = 60.0
 ALIVE_SECONDS = 5.0
 END_SECONDS = 2.0
+LARGEST_LOG = 1 << 20  # bytes; there is one older file beside it
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class SuperLinkProcess:
             "certificate": str(doors.certificate),
             "key": str(doors.key),
             "database": str(doors.database) if doors.database else "",
+            "log": str(doors.log),
             "clients": {name: base64.b64encode(key).decode() for name, key in clients.items()},
         }
         with doors.log.open("ab") as log:
@@ -130,6 +135,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
+    _log_to(Path(settings["log"]))
     # What is printed by others must not be taken for the answer.
     answer, sys.stdout = sys.stdout, sys.stderr
     try:
@@ -140,17 +146,26 @@ def main() -> None:
         sys.exit(2)
 
 
+def _log_to(path: Path) -> None:
+    """Whoever reaches the public port can cause warnings: they must not fill the disk."""
+    handler = RotatingFileHandler(path, maxBytes=LARGEST_LOG, backupCount=1, encoding="utf-8")
+    handler.addFilter(lambda record: not is_harmless(record))
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
+
+
 async def _serve(settings: dict[str, Any], answer: Any) -> None:
     import ssl
 
     import uvicorn
 
+    take_over_log()
     outside = _listen(settings["host"], settings["port"])
     inside = _listen("127.0.0.1", 0)
     link = SuperLink(Path(settings["database"]) if settings["database"] else None)
     link.register({n: base64.b64decode(key) for n, key in settings["clients"].items()})
     ticket = link.begin_run()
-    common: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "access_log": False}
+    common: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False}
     for_sites = uvicorn.Config(
         link.for_sites,
         ssl_certfile=settings["certificate"],

@@ -150,6 +150,7 @@ class LiveProgress:
         self._planned: int | None = None
         self._header_printed = False
         self._absent: Sequence[str] = ()
+        self._running: tuple[int, str, Sequence[str], int] | None = None
         self._left: float | None = None
         self._task: TaskID | None = None
         self._about = ""
@@ -175,14 +176,18 @@ class LiveProgress:
         """Print who is missing above the bar."""
         self._absent = absent
         self._print(_connected(absent, total), "dim")
+        if self._task is not None and self._running is not None:
+            self.round_running(*self._running)
 
     def waiting(self, found: int, wanted: int) -> None:
         """Move the bar of those who have come."""
+        self._running = None
         label = "waiting for clients"
         self._bar(label, label, found, wanted, "clients")
 
     def round_running(self, round: int, stage: str, waiting_for: Sequence[str], total: int) -> None:
         """Move the bar of the stage, and name those who are late: most others have answered."""
+        self._running = (round, stage, waiting_for, total)
         late = waiting_for if len(waiting_for) <= total / 2 else ()
         named = [f"{n} (not connected)" if n in self._absent else n for n in late]
         about = f"round {_of(round, self._planned)}"
