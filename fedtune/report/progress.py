@@ -189,7 +189,7 @@ class LiveProgress:
         """Move the bar of the stage, and name those who are late: most others have answered."""
         self._running = (round, stage, waiting_for, total)
         late = waiting_for if len(waiting_for) <= total / 2 else ()
-        named = [f"{n} (not connected)" if n in self._absent else n for n in late]
+        named = [f"{n} (offline)" if n in self._absent else n for n in late]
         about = f"round {_of(round, self._planned)}"
         label = f"{about} {_STAGES.get(stage, stage)}"
         done = total - len(waiting_for)

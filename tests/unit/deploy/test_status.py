@@ -240,11 +240,15 @@ def test_what_it_takes_in_is_bounded(served: Server, monkeypatch: pytest.MonkeyP
 def test_many_that_do_nothing_are_turned_away_and_not_kept(
     served: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status_server, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(status_server, "REQUEST_SECONDS", 1.0)
     idle = [served.connect() for _ in range(status_server.MOST_REQUESTS)]
     with closing(served.connect()) as one_more:
         assert one_more.recv(100) == b""
+    idle[0].setblocking(False)
+    with pytest.raises(BlockingIOError):  # still open
+        idle[0].recv(100)
     for connection in idle:
+        connection.settimeout(10)
         assert connection.recv(100) == b""  # their time is over
         connection.close()
     assert served.ask().status_code == 200

@@ -144,7 +144,7 @@ def test_live_line_shows_the_running_round(monkeypatch: pytest.MonkeyPatch) -> N
     progress.round_running(2, "train", ["a", "b", "[red]", "c"], 8)
     progress.finished()  # draws the last state before it goes
     last = stream.getvalue().rpartition("round 2/10 training")[2]
-    assert "4/8 clients; late: a, b, [red] (not connected) and 1 more; 0 s" in last
+    assert "4/8 clients; late: a, b, [red] (offline) and 1 more; 0 s" in last
     assert stream.getvalue().rindex("\x1b[?25h") > 0  # the cursor is back
 
 
