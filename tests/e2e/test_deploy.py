@@ -181,8 +181,9 @@ def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     _check_scrapes(scrapes, metrics)
     assert server.stdout.startswith("finished: 3 of 3 rounds, accuracy ")
     assert _unexpected(server.stderr) == []
-    # Nothing was wrong, so nothing is said.
-    assert (federation.run / "superlink.log").read_text() == ""
+    # Nothing was wrong, but that a site may have been killed in the middle of a request.
+    log = (federation.run / "superlink.log").read_text().splitlines()
+    assert [line for line in log if not line.rstrip().endswith("ClientDisconnect]")] == []
 
 
 def _scrapes_until_the_end(federation: Federation, server: Command) -> list[dict[str, float]]:
