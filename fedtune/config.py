@@ -453,6 +453,25 @@ class Listen(_Table):
     patience: Positive = 60.0
     """Seconds that the first round waits for clients that are not connected yet, once there are
     enough of them."""
+    status: str = ""
+    """Address and port of `/health` and of `/metrics` for Prometheus, as in `127.0.0.1:9093`;
+    empty: none. There is no password, and names of sites are in them: keep it on this machine."""
+
+    @model_validator(mode="after")
+    def _status_is_an_address(self) -> Self:
+        host, _, port = self.status.rpartition(":")
+        if self.status and not (host and port.isascii() and port.isdigit() and int(port) < 65536):
+            raise ValueError(
+                f"server.status must be an address and a port, as in 127.0.0.1:9093, "
+                f"got {self.status!r}"
+            )
+        return self
+
+    @property
+    def status_address(self) -> tuple[str, int] | None:
+        """Host and port of `status`."""
+        host, _, port = self.status.rpartition(":")
+        return (host.strip("[]"), int(port)) if self.status else None
 
 
 class ServerConfig(_Table):

@@ -34,7 +34,7 @@ from fedtune.flower.envelope import (
     reply,
     unwrap,
 )
-from fedtune.flower.internals import quiet
+from fedtune.flower.internals import take_over_log
 from fedtune.flower.network import HEARTBEAT_SECONDS, NodeConnection
 from fedtune.flower.pieces import PIECE
 
@@ -61,6 +61,18 @@ class _Stopped(BaseException):
 
 def run_client(path: Path, once: bool, say: Say) -> int:
     """Take part until stopped, or with `once` until the run is over; returns the exit code."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _take_part(path, once, say)
+    except _Stopped:
+        say("stopped")
+        return 0
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
+
+
+def _take_part(path: Path, once: bool, say: Say) -> int:
     files = SiteFiles.read(path)
     keys, members = files.keys(), files.members()
     certificate = files.find(files.config.site.certificate)
@@ -68,8 +80,7 @@ def run_client(path: Path, once: bool, say: Say) -> int:
         authority = certificate.read_bytes()
     except OSError as error:
         raise KeyFileError(f"{certificate}: cannot be read: {error.strerror}") from error
-    quiet()
-    signal.signal(signal.SIGTERM, _stop)
+    take_over_log()
     site = files.config.site
     fetch_base(files, authority, keys.transport, say)
     with ExitStack() as stack:
@@ -82,11 +93,7 @@ def run_client(path: Path, once: bool, say: Say) -> int:
         stack.callback(connection.close)
         try:
             return _Site(connection, worker, once, say, site.server).run()
-        except _Stopped:
-            connection.leave()
-            say("stopped")
-            return 0
-        except KeyboardInterrupt:
+        except (_Stopped, KeyboardInterrupt):
             connection.leave()
             raise
 
@@ -136,7 +143,8 @@ class _Site:
             try:
                 return self._serve()
             except NetworkError as error:
-                self._say(f"connection lost: {error}")
+                self._say(f"connection lost, trying on: {error}")
+                told = str(error)
                 # To be refused again and again has a reason that does not go away.
                 self._refusals = self._refusals + 1 if isinstance(error, ServerRefused) else 0
                 if self._refusals > 3:

@@ -21,10 +21,11 @@ from fedtune.errors import BaseModelError, ConfigError, RunFolderError
 FEDERATION, SERVER, CLIENT, ROSTER = "federation.toml", "server.toml", "client.toml", "roster.toml"
 README = "README.md"
 SITES, SERVER_KEYS, SITE_KEYS = "sites", "server-keys", "keys"
+STATUS_PORT = 9093
 REHEARSAL_HOSTS = ("localhost", "127.0.0.1")
 
 _SERVER = """\
-# The server's own file. Every key is in docs/configuration.md; what stands here is the default.
+# The server's own file. Every key is in docs/configuration.md.
 
 [server]
 host = "{host}"
@@ -32,6 +33,7 @@ port = {port}             # the only port that sites need to reach
 keys = "server-keys"     # made by: fedtune keys server
 roster = "roster.toml"   # made by: fedtune keys roster
 run = "run"              # journal, metrics, adapter and report; a restart goes on with it
+status = "127.0.0.1:{status}"  # /health and /metrics, for this machine only; "": none, the default
 # test = "test.csv"      # rows to evaluate the global adapter on
 # base = "/models/base"  # where the base model lies on this machine
 """
@@ -65,7 +67,8 @@ def init_folder(folder: Path, preset: str) -> None:
     load_preset(preset)
     text = (PRESETS / f"{preset}.toml").read_text()
     (folder / FEDERATION).write_text(_with_digest(text), encoding="utf-8")
-    (folder / SERVER).write_text(_SERVER.format(host="0.0.0.0", port=9092))  # noqa: S104
+    server = _SERVER.format(host="0.0.0.0", port=9092, status=STATUS_PORT)  # noqa: S104
+    (folder / SERVER).write_text(server, encoding="utf-8")
     client = CLIENT_TEMPLATE.format(
         name="clinic-1",
         server="fedtune.example.org:9092",
@@ -90,7 +93,9 @@ def init_rehearsal(folder: Path, preset: str, clients: int, port: int) -> None:
     federation["base"]["digest"] = digest_base(resolve_base(federation["base"]["path"]))
     text = "# Made for a rehearsal on one machine: ICD-10 chapters at hospitals that differ.\n"
     (folder / FEDERATION).write_text(text + tomli_w.dumps(federation), encoding="utf-8")
-    server = _SERVER.format(host="127.0.0.1", port=port).replace("# test", "test")
+    # Two rehearsals with ports of their own do not meet here either.
+    status = port + 1000 if port + 1000 < 65536 else port - 1000
+    server = _SERVER.format(host="127.0.0.1", port=port, status=status).replace("# test", "test")
     (folder / SERVER).write_text(server, encoding="utf-8")
     (folder / README).write_text(_README, encoding="utf-8")
     if data.test is not None:

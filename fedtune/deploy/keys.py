@@ -97,7 +97,7 @@ def renew_certificate(folder: Path, hosts: Sequence[str] = ()) -> x509.Certifica
     Raises `KeyFileError`, and then the old certificate stays.
     """
     authority, server = _load(folder / AUTHORITY_KEY), _load(folder / SERVER_KEY)
-    ca = _load_certificate(folder / AUTHORITY)
+    ca = read_certificate(folder / AUTHORITY)
     if not isinstance(server, ec.EllipticCurvePrivateKey):
         raise KeyFileError(f"{folder / SERVER_KEY}: not an elliptic-curve key")
     if (
@@ -108,7 +108,7 @@ def renew_certificate(folder: Path, hosts: Sequence[str] = ()) -> x509.Certifica
     if ca.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
         raise KeyFileError(f"{folder / AUTHORITY}: the authority has expired; make a new one")
     path = folder / SERVER_CERTIFICATE
-    names = _host_names(hosts) if hosts else _names_of(_load_certificate(path), path)
+    names = _host_names(hosts) if hosts else _names_of(read_certificate(path), path)
     renewed = _server_certificate(names, server.public_key(), ca, authority)
     write_atomic(path, renewed.public_bytes(_PEM))
     return renewed
@@ -189,6 +189,17 @@ def read_site_keys(folder: Path, name: str) -> SiteKeys:
     return SiteKeys(read_identity(folder, name), transport)
 
 
+def read_certificate(path: Path) -> x509.Certificate:
+    """A certificate; raises `KeyFileError`."""
+    try:
+        with path.open("rb") as file:
+            return x509.load_pem_x509_certificate(file.read(_LARGEST_FILE))
+    except OSError as error:
+        raise KeyFileError(f"{path}: cannot be read: {error.strerror}; see fedtune keys") from error
+    except ValueError as error:
+        raise KeyFileError(f"{path}: not a certificate in PEM form") from error
+
+
 def check_private(path: Path) -> None:
     """Raise `KeyFileError` unless `path` is a file that its owner alone can read."""
     try:
@@ -208,16 +219,6 @@ def _load(path: Path) -> object:
             return serialization.load_pem_private_key(file.read(_LARGEST_FILE), None)
     except (OSError, ValueError, TypeError) as error:
         raise KeyFileError(f"{path}: not a private key in PEM form") from error
-
-
-def _load_certificate(path: Path) -> x509.Certificate:
-    try:
-        with path.open("rb") as file:
-            return x509.load_pem_x509_certificate(file.read(_LARGEST_FILE))
-    except OSError as error:
-        raise KeyFileError(f"{path}: cannot be read: {error.strerror}; see fedtune keys") from error
-    except ValueError as error:
-        raise KeyFileError(f"{path}: not a certificate in PEM form") from error
 
 
 def _make_folder(folder: Path) -> None:

@@ -26,9 +26,10 @@ from fedtune.deploy.keys import (
 )
 from fedtune.deploy.server_audit import ServerAudit
 from fedtune.deploy.superlink import Doors, SuperLinkProcess
+from fedtune.deploy.watch import Connections, make_status, watched
 from fedtune.errors import ConfigError, KeyFileError, ServerUnreachable
 from fedtune.flower.fleet_grid import FleetGrid
-from fedtune.flower.internals import quiet
+from fedtune.flower.internals import take_over_log
 from fedtune.flower.strategy import farewell
 from fedtune.report.progress import Progress
 from fedtune.round.masked import Authority
@@ -92,9 +93,10 @@ class Deployment:
 
 def run_server(path: Path, progress: Progress) -> Outcome:
     """Run the federation to its end, or go on with it; raises `UsageError`."""
+    signal.signal(signal.SIGTERM, _stop)
     deployment = Deployment.read(path)
-    signal.signal(signal.SIGTERM, _interrupt)
-    quiet()
+    progress.note(f"loading the base model {deployment.federation.base.path}")
+    take_over_log()
     job = _job(deployment)
     run_path = deployment.find(deployment.listen.run)
     with (
@@ -116,23 +118,35 @@ def run_server(path: Path, progress: Progress) -> Outcome:
             base,
             job.base_digest,
         )
-        with SuperLinkProcess(doors, deployment.members.transport) as link:
+        status = make_status(job.config, deployment.members.transport, run.journal)
+        with (
+            SuperLinkProcess(doors, deployment.members.transport) as link,
+            watched(listen.status_address, keys, status, link) as words_of_status,
+        ):
             clients = len(deployment.members.transport)
             done = len(run.journal.records())
             progress.started(
                 [
                     f"listening at {listen.host}:{link.port} for {clients} clients; "
                     f"roster {deployment.members.roster.digest.hex()[:16]}",
+                    *words_of_status,
                     *([f"going on after round {done}"] if done else []),
                 ],
                 job.config.rounds.count,
             )
             # Values under masks have at most 62 bits.
             largest = job.adapter.manifest.size * 8 + LARGEST_REST
-            grid = FleetGrid(link.address, link.ticket, largest)
+            connections = Connections(deployment.members.transport, progress, status)
+            grid = FleetGrid(link.address, link.ticket, largest, connections.looked)
             options = Options(workers=0, patience=listen.patience)
             simulation = Simulation(
-                job, run, options, progress, grid=grid, parties=deployment, watchers=[audit]
+                job,
+                run,
+                options,
+                progress,
+                grid=grid,
+                parties=deployment,
+                watchers=[audit, status],
             )
             try:
                 outcome = simulation.execute()
@@ -143,6 +157,7 @@ def run_server(path: Path, progress: Progress) -> Outcome:
             # Whoever hears it finds out if the log is cut off or written anew later.
             head = f"head of the server's audit log: {audit.head}"
             progress.note(head)
+            status.ended("failed" if outcome.error else "finished", str(outcome.error or ""))
             words = f"{outcome.summary.rounds} rounds, {outcome.summary.status}"
             farewell(grid, f"{words}; {head}")
             return outcome
@@ -174,5 +189,9 @@ def _job(deployment: Deployment) -> Job:
     return job_of_model(config, model, absent, test, labels, words)
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class Terminated(KeyboardInterrupt):
+    """Someone ends this process by SIGTERM, as a service manager does."""
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated

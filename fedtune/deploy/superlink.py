@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,17 +19,22 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Self
+
+import httpx
 
 from fedtune.deploy.base_fetch import PREFIX
 from fedtune.deploy.base_offer import BaseOffer
 from fedtune.errors import ConfigError, JobError
+from fedtune.flower.internals import is_harmless, take_over_log
 from fedtune.flower.runtime import ASGI, RunTicket, Scope, SuperLink
 
 START_SECONDS = 60.0
 ALIVE_SECONDS = 5.0
 END_SECONDS = 2.0
+LARGEST_LOG = 1 << 20  # bytes; there is one older file beside it
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class SuperLinkProcess:
             "database": str(doors.database) if doors.database else "",
             "base": str(doors.base) if doors.base else "",
             "base_digest": doors.base_digest,
+            "log": str(doors.log),
             "clients": {name: base64.b64encode(key).decode() for name, key in clients.items()},
         }
         with doors.log.open("ab") as log:
@@ -82,6 +90,14 @@ class SuperLinkProcess:
             # Its connections are cut a little before its end can be seen.
             self._process.wait(END_SECONDS)
             raise JobError(f"Flower's SuperLink has ended; see {self._log}")
+
+    def answers(self) -> bool:
+        """Whether it answers at all, within two seconds."""
+        try:
+            httpx.get(f"http://{self.address}/", timeout=2.0, trust_env=False)
+        except httpx.TransportError:
+            return False
+        return True
 
     def close(self) -> None:
         """End it."""
@@ -120,7 +136,12 @@ class SuperLinkProcess:
 
 def main() -> None:
     """What the process does: read the settings, listen, and end with the standard input."""
+    # It ends with its standard input. A signal to all processes of a terminal or of a service is
+    # for its parent, which may still need it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
+    _log_to(Path(settings["log"]))
     # What is printed by others must not be taken for the answer.
     answer, sys.stdout = sys.stdout, sys.stderr
     try:
@@ -131,17 +152,26 @@ def main() -> None:
         sys.exit(2)
 
 
+def _log_to(path: Path) -> None:
+    """Whoever reaches the public port can cause warnings: they must not fill the disk."""
+    handler = RotatingFileHandler(path, maxBytes=LARGEST_LOG, backupCount=1, encoding="utf-8")
+    handler.addFilter(lambda record: not is_harmless(record))
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
+
+
 async def _serve(settings: dict[str, Any], answer: Any) -> None:
     import ssl
 
     import uvicorn
 
+    take_over_log()
     outside = _listen(settings["host"], settings["port"])
     inside = _listen("127.0.0.1", 0)
     link = SuperLink(Path(settings["database"]) if settings["database"] else None)
     link.register({n: base64.b64decode(key) for n, key in settings["clients"].items()})
     ticket = link.begin_run()
-    common: dict[str, Any] = {"lifespan": "off", "log_level": "warning", "access_log": False}
+    common: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False}
     for_sites = uvicorn.Config(
         _with_base(link, settings),
         ssl_certfile=settings["certificate"],

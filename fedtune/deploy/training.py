@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -33,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 def main() -> NoReturn:
     """What the process does: load everything, then answer until its input ends."""
+    # It ends with its input. A signal to all processes of a terminal or of a service is for the
+    # process that started it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     # What anything prints must not get into the answers.
     os.dup2(2, 1)

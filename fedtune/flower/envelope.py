@@ -21,6 +21,7 @@ FAREWELL = f"{MessageType.QUERY}.over"
 # Codes of `flwr.app.Error` that a client of ours gives; Flower's own are below 100.
 CLIENT_FAILED = 101
 CLIENT_REFUSED = 102
+CLIENT_GONE = 103  # said in its place by the server's end of the network
 
 
 def wrap(payload: bytes) -> RecordDict:

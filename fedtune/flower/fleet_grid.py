@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedtune.flower import internals
-from fedtune.flower.envelope import CLIENT_FAILED
+from fedtune.flower.envelope import CLIENT_GONE
 from fedtune.flower.runtime import RuntimeGrid, is_unavailable
 
 from flwr.app import Error, Message  # isort: skip
@@ -98,6 +98,6 @@ def _copy(message: Message) -> Message:
 def _gone(message: Message) -> Message:
     own = (message.metadata.run_id, internals.SERVER_NODE)
     internals.become_task(own[0], message.metadata.dst_node_id)
-    answer = Message(Error(CLIENT_FAILED, "disconnected"), reply_to=message)
+    answer = Message(Error(CLIENT_GONE, "disconnected"), reply_to=message)
     internals.become_task(*own)
     return answer

@@ -60,3 +60,19 @@ def become_task(run_id: int, node_id: int) -> None:
 def quiet() -> None:
     """Flower's own log lines only from warnings on: fedtune shows its own progress."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+def take_over_log() -> None:
+    """In a process of fedtune's own, Flower's warnings go once and plainly where all others go."""
+    quiet()
+    logging.getLogger("flwr").handlers.clear()
+
+
+def is_harmless(record: logging.LogRecord) -> bool:
+    """Whether Flower's SuperLink complains of an object that nobody needs.
+
+    The content of a small message goes with its head, and the other side may have taken the
+    message, and Flower forgotten it, before its object comes (see `network.push_parts`).
+    """
+    text = record.getMessage()
+    return text.startswith("Failed to store object") and "was not pre-registered" in text

@@ -73,9 +73,18 @@ class RunTicket:
 class RuntimeGrid(HttpGrid):
     """The server's end: sends and receives in one run of a SuperLink on this machine."""
 
-    def __init__(self, address: str, ticket: RunTicket, largest: int) -> None:
-        """Answers of more than `largest` bytes are refused before they are put together."""
-        self._largest = largest
+    def __init__(
+        self,
+        address: str,
+        ticket: RunTicket,
+        largest: int,
+        looked: Callable[[frozenset[str]], None] = lambda _names: None,
+    ) -> None:
+        """Answers of more than `largest` bytes are refused before they are put together.
+
+        `looked` is told the names of who is connected, about every second while someone waits.
+        """
+        self._largest, self._looked = largest, looked
         self._coming: list[tuple[Message, ObjectTree]] = []
         super().__init__(address, insecure=True, token=ticket.token)
         self.set_run(Run.create_empty(ticket.run_id))
@@ -88,11 +97,15 @@ class RuntimeGrid(HttpGrid):
         self._client = RuntimeHttpClient.from_server_address(
             self._addr, True, None, [RuntimeTokenHttpInterceptor(token=self._token)]
         )
+        # This machine's own loopback is never behind the proxy that its environment names.
+        self._client._client = httpx.Client(timeout=30.0, trust_env=False)
 
     def activations(self) -> dict[int, str]:
         """Who is connected, and since when (ISO 8601); raises `ServerUnreachable`."""
         with translated():
-            return {node.node_id: node.last_activated_at for node in self.get_nodes()}
+            nodes = list(self.get_nodes())
+        self._looked(frozenset(node.name for node in nodes))
+        return {node.node_id: node.last_activated_at for node in nodes}
 
     def get_node_ids(self) -> list[int]:
         """Who is connected; raises `ServerUnreachable`."""

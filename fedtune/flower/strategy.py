@@ -11,8 +11,16 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedtune.errors import LateMessage, RoundLost, TooFewClients, WireError
-from fedtune.flower.envelope import CONVERSATION, FAREWELL, record_of, unwrap, wrap
-from fedtune.flower.observer import Observer
+from fedtune.flower.envelope import (
+    CLIENT_GONE,
+    CLIENT_REFUSED,
+    CONVERSATION,
+    FAREWELL,
+    record_of,
+    unwrap,
+    wrap,
+)
+from fedtune.flower.observer import Failure, Observer
 from fedtune.round.federation import Federation, Score
 from fedtune.round.server import Exchange, ServerRound, reasons
 from fedtune.types import Float32Vector
@@ -21,9 +29,10 @@ from fedtune.wire.context import check_context
 
 JOIN_POLL_SECONDS = 0.5
 FAREWELL_SECONDS = 5.0
-TRAINING = "train"
+TRAINING, EVALUATION = "train", "evaluate"
 # Says who, as a rehearsal, is not there any more: round, stage, names of the cohort.
 Absences = Callable[[int, str, list[str]], Iterable[str]]
+_FAILURES: dict[int, Failure] = {CLIENT_GONE: "disconnected", CLIENT_REFUSED: "refused"}
 
 
 class FederatedFineTuning(Strategy):
@@ -108,6 +117,7 @@ class FederatedFineTuning(Strategy):
         )
         opened.bytes_down += len(request) * len(testers)
         names = [member.name for member in testers]
+        self._observer.round_running(opened.context.round, EVALUATION, names, len(names))
         return self._messages(dict.fromkeys(names, request), MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
@@ -115,7 +125,7 @@ class FederatedFineTuning(Strategy):
         opened = self._require_open()
         score = None
         if self._federation.evaluates(opened.context.round):
-            score = self._evaluate(self._adapter) if self._evaluate else self._merge(replies)
+            score = self._score(self._evaluate) if self._evaluate else self._merge(replies)
         seconds = time.perf_counter() - self._started
         record = self._federation.commit(opened, score, opened.bytes_down, seconds)
         self._open = None
@@ -186,7 +196,7 @@ class FederatedFineTuning(Strategy):
     def _finish(self, replies: Iterable[Message]) -> Float32Vector:
         opened = self._require_open()
         self._collect(replies, self._federation.config.rounds.timeout)
-        following = opened.proceed() if self._trained else None
+        following = opened.proceed() if self._stage == TRAINING else None
         while following is not None:
             following = self._hold(following)
         return self._federation.close_round(opened)
@@ -200,17 +210,16 @@ class FederatedFineTuning(Strategy):
 
     def _requests(self, exchange: Exchange) -> list[Message]:
         opened = self._require_open()
-        self._trained = exchange.stage == TRAINING
-        if self._trained:
-            self._tell_progress(opened, len(exchange.requests))
+        self._stage = exchange.stage
+        self._tell_progress(opened, len(exchange.requests))
         requests = dict(exchange.requests)
         if self._absences is not None:
             cohort = [member.name for member in opened.cohort]
             for name in self._absences(opened.context.round, exchange.stage, cohort):
                 if requests.pop(name, None) is not None:
-                    opened.fail(name, "absent, as rehearsed")
+                    self._fail(opened, name, "disconnected", "absent, as rehearsed")
         opened.bytes_down += sum(map(len, requests.values()))
-        kind = MessageType.TRAIN if self._trained else CONVERSATION
+        kind = MessageType.TRAIN if self._stage == TRAINING else CONVERSATION
         return self._messages(requests, kind)
 
     def _collect(self, replies: Iterable[Message], patience: float) -> None:
@@ -221,14 +230,31 @@ class FederatedFineTuning(Strategy):
             client = names.get(message.metadata.src_node_id)
             if client is None or client not in opened.pending:
                 continue  # late for another round, or a second answer: never counted
-            _count(opened, client, message)
-            if self._trained:
-                self._tell_progress(opened, len(names))
+            self._count(opened, client, message)
+            self._tell_progress(opened, len(names))
         for client in opened.pending:
-            opened.fail(client, f"no answer within {patience:g} s")
+            self._fail(opened, client, "late", f"no answer within {patience:g} s")
+
+    def _count(self, opened: ServerRound, client: str, message: Message) -> None:
+        if message.has_error():
+            failure = _FAILURES.get(message.error.code, "failed")
+            reason = message.error.reason or "failed without a reason"
+            self._fail(opened, client, failure, reason)
+            return
+        try:
+            opened.receive(client, unwrap(message))
+        except LateMessage:
+            return  # its answer to this round may still come
+        except WireError as error:
+            self._fail(opened, client, "invalid", str(error))
+
+    def _fail(self, opened: ServerRound, client: str, failure: Failure, reason: str) -> None:
+        opened.fail(client, reason)
+        self._observer.client_failed(client, failure)
 
     def _tell_progress(self, opened: ServerRound, total: int) -> None:
-        self._observer.round_running(opened.context.round, opened.pending, total)
+        number = opened.context.round
+        self._observer.round_running(number, self._stage, opened.pending, total)
 
     def _messages(self, requests: Mapping[str, bytes], message_type: str) -> list[Message]:
         contents: dict[int, RecordDict] = {}
@@ -242,13 +268,22 @@ class FederatedFineTuning(Strategy):
             messages.append(Message(content, self._nodes[name], message_type, group_id=group))
         return messages
 
+    def _score(self, evaluate: Callable[[Float32Vector], Score]) -> Score:
+        self._observer.round_running(self._federation.round + 1, EVALUATION, [], 0)
+        return evaluate(self._adapter)
+
     def _merge(self, replies: Iterable[Message]) -> Score | None:
         opened = self._require_open()
         examples, correct, loss_sum = 0, 0, 0.0
         answers = {}
-        testers = {self._nodes[m.name]: m.test_examples for m in self._federation.members}
+        members = [member for member in self._federation.members if member.test_examples]
+        testers = {self._nodes[member.name]: member.test_examples for member in members}
+        waiting_for = {self._nodes[member.name]: member.name for member in members}
         for message in replies:
             node = message.metadata.src_node_id
+            waiting_for.pop(node, None)
+            names = list(waiting_for.values())
+            self._observer.round_running(opened.context.round, EVALUATION, names, len(testers))
             if message.has_error() or node in answers:
                 continue  # the round stands; the score says what the others found
             try:
@@ -280,18 +315,6 @@ def farewell(grid: Grid, words: str) -> None:
     messages = [Message(content, node, FAREWELL) for node in sorted(grid.get_node_ids())]
     for _ in grid.send_and_receive(messages, timeout=FAREWELL_SECONDS):
         pass
-
-
-def _count(opened: ServerRound, client: str, message: Message) -> None:
-    if message.has_error():
-        opened.fail(client, message.error.reason or "failed without a reason")
-        return
-    try:
-        opened.receive(client, unwrap(message))
-    except LateMessage:
-        return  # its answer to this round may still come
-    except WireError as error:
-        opened.fail(client, str(error))
 
 
 def _arrays(adapter: Float32Vector) -> ArrayRecord:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 from fedtune.records import RoundRecord
@@ -24,6 +18,14 @@ from fedtune.report import words
 
 NAMED = 3  # clients that a line names one by one
 REASON_WIDTH = 200  # a reason can be a whole traceback; metrics.jsonl keeps all of it
+_STAGES = {
+    "advertise": "keys",
+    "share": "key shares",
+    "train": "training",
+    "sign": "signing",
+    "reveal": "unmasking",
+    "evaluate": "evaluating",
+}
 
 
 class Progress(Protocol):
@@ -33,10 +35,13 @@ class Progress(Protocol):
         """The run begins; `title_lines` say what it is."""
 
     def connected(self, absent: Sequence[str], total: int) -> None:
-        """All of `total` clients are connected but these."""
+        """All of `total` clients are connected but these; told when it changes."""
 
-    def round_running(self, round: int, waiting_for: Sequence[str], total: int) -> None:
-        """In `round`, all of `total` clients have answered but these."""
+    def waiting(self, found: int, wanted: int) -> None:
+        """No round can begin yet: `found` of `wanted` clients take part."""
+
+    def round_running(self, round: int, stage: str, waiting_for: Sequence[str], total: int) -> None:
+        """In a stage of `round`, all of `total` clients have answered but these."""
 
     def references_running(self, done: int, total: int) -> None:
         """Of the models to compare with, `done` of `total` are trained."""
@@ -69,6 +74,7 @@ class PlainProgress:
         self._stream = sys.stderr if stream is None else stream
         self._quiet = quiet
         self._planned: int | None = None
+        self._waits = False
 
     def started(self, title_lines: Sequence[str], planned_rounds: int | None = None) -> None:
         """Print the title."""
@@ -82,8 +88,15 @@ class PlainProgress:
         if not self._quiet:
             self._print(_connected(absent, total))
 
-    def round_running(self, round: int, waiting_for: Sequence[str], total: int) -> None:
+    def waiting(self, found: int, wanted: int) -> None:
+        """Say once that nothing happens until they come."""
+        if not self._waits and not self._quiet:
+            self._print(f"waiting for clients, {wanted - found} of {wanted} are missing")
+        self._waits = True
+
+    def round_running(self, round: int, stage: str, waiting_for: Sequence[str], total: int) -> None:
         """Nothing: a log wants results, not motion."""
+        self._waits = False
 
     def references_running(self, done: int, total: int) -> None:
         """Say once that it takes a while."""
@@ -136,15 +149,15 @@ class LiveProgress:
         self._console = Console(file=stream, stderr=stream is None, highlight=False)
         self._planned: int | None = None
         self._header_printed = False
+        self._absent: Sequence[str] = ()
+        self._running: tuple[int, str, Sequence[str], int] | None = None
+        self._left: float | None = None
         self._task: TaskID | None = None
+        self._about = ""
         self._live = RichProgress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=12),
+            _State(Column(no_wrap=True)),
             console=self._console,
             transient=True,
             # Training owns the cores; a bar needs no more than this.
@@ -161,23 +174,36 @@ class LiveProgress:
 
     def connected(self, absent: Sequence[str], total: int) -> None:
         """Print who is missing above the bar."""
+        self._absent = absent
         self._print(_connected(absent, total), "dim")
+        if self._task is not None and self._running is not None:
+            self.round_running(*self._running)
 
-    def round_running(self, round: int, waiting_for: Sequence[str], total: int) -> None:
-        """Move the bar of `round`, and name the last ones."""
-        late = f"; waiting for {_listed(waiting_for)}" if 0 < len(waiting_for) < total else ""
+    def waiting(self, found: int, wanted: int) -> None:
+        """Move the bar of those who have come."""
+        self._running = None
+        label = "waiting for clients"
+        self._bar(label, label, found, wanted, "clients")
+
+    def round_running(self, round: int, stage: str, waiting_for: Sequence[str], total: int) -> None:
+        """Move the bar of the stage, and name those who are late: most others have answered."""
+        self._running = (round, stage, waiting_for, total)
+        late = waiting_for if len(waiting_for) <= total / 2 else ()
+        named = [f"{n} (offline)" if n in self._absent else n for n in late]
+        about = f"round {_of(round, self._planned)}"
+        label = f"{about} {_STAGES.get(stage, stage)}"
         done = total - len(waiting_for)
-        self._bar(f"round {_of(round, self._planned)}", done, total, f"clients{late}")
+        self._bar(about, label, done, total, "clients", self._left, named)
 
     def references_running(self, done: int, total: int) -> None:
         """Move the bar of the references."""
-        self._bar("to compare with", done, total, "models")
+        label = "to compare with"
+        self._bar(label, label, done, total, "models")
 
     def round_done(self, record: RoundRecord, seconds_left: float | None) -> None:
         """Replace the bar by the row of its round."""
-        if self._task is not None:
-            self._live.remove_task(self._task)
-            self._task = None
+        self._remove_bar()
+        self._left = seconds_left
         if not self._header_printed:
             self._print(self._row(self._HEADER), "dim")
             self._header_printed = True
@@ -205,11 +231,32 @@ class LiveProgress:
         """Take the live line away and give the cursor back."""
         self._live.stop()
 
-    def _bar(self, label: str, done: int, total: int, unit: str) -> None:
-        if self._task is None:
-            self._task = self._live.add_task(label, total=total, completed=done, unit=unit)
-        else:
-            self._live.update(self._task, completed=done, total=total, unit=unit)
+    def _bar(
+        self,
+        about: str,
+        label: str,
+        done: int,
+        total: int,
+        unit: str,
+        left: float | None = None,
+        late: Sequence[str] = (),
+    ) -> None:
+        """Draw the one bar there is; its clock starts with each new thing that it is `about`."""
+        counts = [f"{done}/{total} {unit}"] if total else []
+        counts += [f"late: {_listed(late)}"] if late else []
+        total = total or 1  # of work that cannot be counted nothing is done until all is
+        fields: dict[str, Any] = {"counts": counts, "left": left}
+        if self._task is not None and about == self._about:
+            self._live.update(self._task, description=label, completed=done, total=total, **fields)
+            return
+        self._remove_bar()
+        self._task = self._live.add_task(label, completed=done, total=total, **fields)
+        self._about = about
+
+    def _remove_bar(self) -> None:
+        if self._task is not None:
+            self._live.remove_task(self._task)
+            self._task = None
 
     def _row(self, cells: Sequence[str]) -> str:
         return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, self._WIDTHS, strict=True))
@@ -217,6 +264,23 @@ class LiveProgress:
     def _print(self, text: str, style: str = "") -> None:
         # Text, not markup: a client may be called "[red]".
         self._console.print(Text(words.printable(text), style=style), soft_wrap=True)
+
+
+class _State(ProgressColumn):
+    """How many of how many, who is late, since when, and how long the whole run still takes."""
+
+    def render(self, task: Task) -> Text:
+        """The text behind the bar."""
+        elapsed, left = task.elapsed or 0.0, task.fields["left"]
+        parts = [*task.fields["counts"], _seconds(elapsed)]
+        if left is not None and left > elapsed:
+            parts.append(f"{_seconds(left - elapsed)} left")
+        return Text("; ".join(parts))
+
+
+def _seconds(seconds: float) -> str:
+    """Without tenths, which would flicker."""
+    return f"{seconds:.0f} s" if seconds < 59.5 else words.duration(seconds)
 
 
 def _of(round: int, planned: int | None) -> str:

@@ -46,11 +46,29 @@ def print_summary(
         console.print(Text(words.printable(spent)))
     for warning in summary.warnings:
         console.print(Text(f"warning: {words.printable(warning)}", style="yellow"))
+    _print_things(console, run_folder)
+    if summary.status != "finished":
+        _print_path(console, "continue with:", f"{resume_hint} {run_folder}")
+
+
+def print_ending(summary: Summary, console: Console, run_folder: Path) -> None:
+    """Print how a deployed run ended: its server knows too little of the clients for a table."""
+    parts = [f"{summary.rounds} of {words.plural(summary.planned_rounds, 'round')}"]
+    if summary.final is not None and summary.final.accuracy is not None:
+        parts.append(f"accuracy {words.percent(summary.final.accuracy)}")
+    parts.append(words.duration(summary.seconds))
+    console.print(Text(f"{summary.status}: {', '.join(parts)}", style="bold"))
+    for client in summary.per_client:
+        if client.rounds_failed:
+            failed = f"{words.printable(client.name)} failed in {client.rounds_failed} of them"
+            console.print(Text(failed, style="yellow"), soft_wrap=True)
+    _print_things(console, run_folder)
+
+
+def _print_things(console: Console, run_folder: Path) -> None:
     for name, meaning in _THINGS:
         if (run_folder / name).exists():
             _print_path(console, f"{meaning}:", f"{run_folder / name}")
-    if summary.status != "finished":
-        _print_path(console, "continue with:", f"{resume_hint} {run_folder}")
 
 
 def _print_path(console: Console, what: str, path: str) -> None:

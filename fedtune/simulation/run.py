@@ -22,7 +22,7 @@ from fedtune.export.peft_folder import Passport, write_adapter
 from fedtune.files import write_atomic, write_json
 from fedtune.flower.grid import LocalGrid
 from fedtune.flower.internals import quiet
-from fedtune.flower.observer import Observer
+from fedtune.flower.observer import Failure, Observer
 from fedtune.flower.pool import Pool
 from fedtune.flower.strategy import FederatedFineTuning
 from fedtune.records import ClientSummary, Reference, RoundRecord, Score, Status, Summary
@@ -132,7 +132,6 @@ class Simulation(Observer):
         self._on_round = on_round
         self._grid = grid
         self._watchers = watchers
-        self._absent = {client.name for client in job.clients}
         self._federation = rounds.Federation(
             job.config,
             job.adapter.manifest,
@@ -178,15 +177,11 @@ class Simulation(Observer):
 
     def client_joined(self, name: str) -> None:
         """See `Observer`."""
-        self._absent.discard(name)
-        self._connection_changed()
         for watcher in self._watchers:
             watcher.client_joined(name)
 
     def client_left(self, name: str) -> None:
         """See `Observer`."""
-        self._absent.add(name)
-        self._connection_changed()
         for watcher in self._watchers:
             watcher.client_left(name)
 
@@ -199,15 +194,22 @@ class Simulation(Observer):
 
     def waiting(self, found: int, wanted: int) -> None:
         """See `Observer`."""
-        self._progress.note(f"{found} of {wanted} clients are connected; waiting")
+        self._progress.waiting(found, wanted)
         for watcher in self._watchers:
             watcher.waiting(found, wanted)
 
-    def round_running(self, round_number: int, waiting_for: Sequence[str], total: int) -> None:
+    def round_running(
+        self, round_number: int, stage: str, waiting_for: Sequence[str], total: int
+    ) -> None:
         """See `Observer`."""
-        self._progress.round_running(round_number, waiting_for, total)
+        self._progress.round_running(round_number, stage, waiting_for, total)
         for watcher in self._watchers:
-            watcher.round_running(round_number, waiting_for, total)
+            watcher.round_running(round_number, stage, waiting_for, total)
+
+    def client_failed(self, name: str, failure: Failure) -> None:
+        """See `Observer`."""
+        for watcher in self._watchers:
+            watcher.client_failed(name, failure)
 
     def round_lost(self, reason: str) -> None:
         """See `Observer`."""
@@ -226,10 +228,6 @@ class Simulation(Observer):
             self._on_round(record)
         for watcher in self._watchers:
             watcher.round_committed(record)
-
-    def _connection_changed(self) -> None:
-        if self._grid is not None:  # simulated clients neither come nor go
-            self._progress.connected(sorted(self._absent), len(self._job.clients))
 
     def _close_parties(self) -> None:
         if self._parties is not None:

@@ -19,7 +19,16 @@ import pytest
 import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from e2e_helpers import Command, Launcher, adapter_bytes, read_metrics, read_summary, wait_until
+from e2e_helpers import (
+    Command,
+    Launcher,
+    adapter_bytes,
+    read_metrics,
+    read_summary,
+    wait_gone,
+    wait_until,
+)
+from prometheus_client.parser import text_string_to_metric_families
 
 from fedtune.deploy.keys import make_roster, make_server_keys, make_site_keys
 from fedtune.deploy.site_files import CLIENT_TEMPLATE
@@ -33,7 +42,7 @@ class Federation:
 
     def __init__(self, folder: Path, launcher: Launcher, base: Path, data: Path) -> None:
         self.folder, self._launch = folder, launcher
-        self.port = _free_port()
+        self.port, self.status_port = _free_port(), _free_port()
         labels = sorted(
             {
                 json.loads(line)["label"]
@@ -51,6 +60,7 @@ class Federation:
         }
         (folder / "federation.toml").write_text(tomli_w.dumps(federation))
         server = {"host": "127.0.0.1", "port": self.port, "test": "test.jsonl"}
+        server["status"] = f"127.0.0.1:{self.status_port}"
         (folder / "server.toml").write_text(tomli_w.dumps({"server": server}))
         (folder / "sites").mkdir()
         for place in (folder, folder / "sites"):  # for the server, and for a simulation
@@ -77,6 +87,19 @@ class Federation:
     @property
     def run(self) -> Path:
         return self.folder / "run"
+
+    def ask(self, path: str) -> httpx.Response | None:
+        """What the server says of itself; None if nobody answers."""
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.status_port}{path}", timeout=10)
+        except httpx.TransportError:
+            return None
+
+    def health(self) -> dict[str, Any]:
+        """`/health`; empty if nobody answers."""
+        answer = self.ask("/health")
+        said: dict[str, Any] = answer.json() if answer else {}
+        return said
 
     def server(self) -> Command:
         return self._launch.warm("server", self.folder / "federation.toml")
@@ -175,6 +198,7 @@ def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     assert clients["clinic-2"].wait() == 1
     assert "somebody else has changed or removed it" in clients["clinic-2"].stderr
     restarted = federation.client("clinic-2")
+    scrapes = _scrapes_until_the_end(federation, server)
     assert server.wait() == 0, server.stderr
     for client in (clients["clinic-0"], again, restarted):
         assert client.wait() == 0, client.stderr
@@ -186,6 +210,12 @@ def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     metrics = read_metrics(federation.run)
     assert [record["round"] for record in metrics] == [1, 2, 3]
     assert all(record["clients"] == list(SITES) for record in metrics)
+    _check_scrapes(scrapes, metrics)
+    assert server.stdout.startswith("finished: 3 of 3 rounds, accuracy ")
+    assert _unexpected(server.stderr) == []
+    # Nothing was wrong, but that a site may have been killed in the middle of a request.
+    log = (federation.run / "superlink.log").read_text().splitlines()
+    assert [line for line in log if not line.rstrip().endswith("ClientDisconnect]")] == []
 
     # What the server's log says is what happened, and its sites were told its head.
     passport = json.loads((federation.run / "adapter" / "passport.json").read_text())
@@ -220,6 +250,52 @@ def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     assert federation.compare("clinic-2") == {"counted": [1, 2, 3], "agree": True}
 
 
+def _scrapes_until_the_end(federation: Federation, server: Command) -> list[dict[str, float]]:
+    """What `/metrics` says from now on, read by Prometheus' own parser."""
+    scrapes = []
+    while server.handle.wait(0.03) is None:
+        if answer := federation.ask("/metrics"):
+            assert answer.status_code == 200
+            families = text_string_to_metric_families(answer.text)
+            samples = (sample for family in families for sample in family.samples)
+            scrapes.append(
+                {"".join((s.name, *s.labels.values())): s.value for s in samples if s.value >= 0}
+            )
+    return scrapes
+
+
+def _check_scrapes(scrapes: list[dict[str, float]], metrics: list[dict[str, Any]]) -> None:
+    """Each says of the rounds that it knows what metrics.jsonl says of them."""
+    seen = set()
+    for scrape in scrapes:
+        committed = int(scrape["fedtune_rounds_committed_total"])
+        seen.add(committed)
+        known = metrics[:committed]
+        assert scrape["fedtune_received_bytes_total"] == sum(r["bytes_up"] for r in known)
+        assert scrape["fedtune_sent_bytes_total"] == sum(r["bytes_down"] for r in known)
+        assert scrape["fedtune_round_seconds_count"] == committed
+        seconds, trained = (sum(r[key] for r in known) for key in ("seconds", "train_seconds"))
+        assert scrape["fedtune_round_seconds_sum"] == pytest.approx(seconds)
+        assert scrape["fedtune_train_seconds_total"] == pytest.approx(trained)
+        assert scrape["fedtune_round"] in (committed, committed + 1)
+        assert scrape["fedtune_clients_registered"] == len(SITES)
+        connected = sum(scrape[f"fedtune_client_connected{name}"] for name in SITES)
+        assert connected == scrape["fedtune_clients_connected"]
+    assert {1, 2} <= seen
+    assert max(scrape["fedtune_clients_connected"] for scrape in scrapes) == len(SITES)
+
+
+def _unexpected(text: str) -> list[str]:
+    """Lines of a server that are none of those that a person should see in a whole run."""
+    known = re.compile(
+        r"note: loading the base model |listening at |/health and /metrics at http://127|"
+        r"note: head of the server's audit log: |going on after round |"
+        r"\d of 3 clients are connected|waiting for clients, |round \d/3: |"
+        r"note: round \d: .* trying again"  # on a slow machine, after a site was killed
+    )
+    return [line for line in text.splitlines() if not known.match(line)]
+
+
 def test_a_server_that_is_killed_goes_on(
     make_federation: Callable[[], Federation], simulated: Path
 ) -> None:
@@ -244,12 +320,35 @@ def test_a_server_that_is_killed_goes_on(
     assert resumed == [0, 0, 1]
 
 
-def test_a_server_whose_network_has_ended_says_so(
+def test_who_comes_and_goes_is_told_and_so_is_the_end_of_the_network(
     make_federation: Callable[[], Federation],
 ) -> None:
-    server = make_federation().server()
-    wait_until(lambda: "listening at" in server.stderr, "the server to listen")
+    federation = make_federation()
+    server = federation.server()
+    wait_until(lambda: federation.health().get("state") == "waiting", "the server to wait")
+    assert federation.health()["missing"] == list(SITES)
+    guests = [federation.client(name) for name in SITES[:2]]
+    wait_until(lambda: federation.health()["connected"] == list(SITES[:2]), "two sites")
+    workers = [worker for guest in guests for worker in guest.workers()]
+    assert len(workers) == 2
+    os.killpg(guests[0].pid, signal.SIGTERM)  # as a service manager does
+    guests[1].interrupt()
+    assert [guest.wait() for guest in guests] == [0, 130]
+    for guest in guests:
+        assert [line.split()[1] for line in guest.stderr.splitlines()][-1] == "stopped"
+        assert len(guest.stderr.splitlines()) == 3, guest.stderr
+    wait_gone(workers)
+    wait_until(lambda: federation.health()["missing"] == list(SITES), "both sites to be gone")
+    assert "\n0 of 3 clients are connected, not clinic-0" in server.stderr
+
     [link] = server.workers()
+    os.kill(link, signal.SIGSTOP)
+    answer = federation.ask("/health")
+    os.kill(link, signal.SIGCONT)
+    assert answer is not None
+    assert answer.status_code == 503
+    assert answer.json()["reason"] == "Flower's SuperLink does not answer"
+    wait_until(lambda: federation.health()["status"] == "ok", "the server to be well again")
     os.kill(link, signal.SIGKILL)
     assert server.wait() == 1
     assert "Flower's SuperLink has ended; see" in server.stderr
@@ -341,7 +440,11 @@ def test_who_is_not_let_in_is_told_why(make_federation: Callable[[], Federation]
     late = federation.client("clinic-0")
     assert late.wait() == 1
     assert "certificate has expired" in late.stderr
-    server.kill()
+    [link] = server.workers()
+    os.killpg(server.pid, signal.SIGTERM)  # as a service manager does: to all of its processes
+    assert server.wait() == -signal.SIGTERM
+    assert server.stderr.endswith(f"go on with: fedtune server {folder / 'federation.toml'}\n")
+    wait_gone([link])
 
 
 def _edit(path: Path, old: str, new: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fedtune.config import (
     known_keys,
     load_config,
     load_preset,
+    load_server,
     parse_config,
     preset_names,
 )
@@ -333,3 +335,28 @@ def test_files(tmp_path):
         load_config(path)
     path.write_text("seed = 3\n[train]\nlr = 0.5\n")
     assert load_config(path, ["train.lr=0.25"]) == _parse("seed=3", "train.lr=0.25")
+
+
+@pytest.mark.parametrize(
+    ("status", "address"),
+    [
+        ("", None),
+        ("127.0.0.1:9093", ("127.0.0.1", 9093)),
+        ("[::1]:0", ("::1", 0)),
+        ("localhost:65535", ("localhost", 65535)),
+    ],
+)
+def test_the_status_of_a_server_has_an_address(
+    tmp_path: Path, status: str, address: tuple[str, int] | None
+) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(f'[server]\nstatus = "{status}"\n')
+    assert load_server(file).server.status_address == address
+
+
+@pytest.mark.parametrize("status", ["9093", ":9093", "localhost", "::1:", "host:65536", "host:-1"])
+def test_what_is_no_address_is_refused(tmp_path: Path, status: str) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(f'[server]\nstatus = "{status}"\n')
+    with pytest.raises(ConfigError, match=r"server\.status must be an address and a port"):
+        load_server(file)

@@ -33,10 +33,17 @@ class _Seen(Observer):
 
     committed: list[RoundRecord] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
-    progress: list[tuple[int, int, int]] = field(default_factory=list)
+    progress: list[tuple[int, str, int, int]] = field(default_factory=list)
 
-    def round_running(self, round_number: int, waiting_for: Sequence[str], total: int) -> None:
-        self.progress.append((round_number, total - len(waiting_for), total))
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    def round_running(
+        self, round_number: int, stage: str, waiting_for: Sequence[str], total: int
+    ) -> None:
+        self.progress.append((round_number, stage, total - len(waiting_for), total))
+
+    def client_failed(self, name: str, failure: str) -> None:
+        self.failures.append((name, failure))
 
     def round_committed(self, record: RoundRecord) -> None:
         self.committed.append(record)
@@ -125,7 +132,13 @@ def test_a_run_through_flower_is_the_run_by_hand(small_federation, tmp_path):
     assert np.abs(run.federation.adapter - run.start).max() > 0.01
     assert run.records == run.seen.committed
     assert [record.round for record in run.records] == [1, 2, 3]
-    assert run.seen.progress[:4] == [(1, 0, 3), (1, 1, 3), (1, 2, 3), (1, 3, 3)]
+    assert run.seen.progress == [
+        (number, stage, done, 3)
+        for number in (1, 2, 3)
+        for stage in ("train", "evaluate")
+        for done in range(4)
+    ]
+    assert run.seen.failures == []
     assert run.seen.refused == []
     # Each client's own test set of 6 rows, with the last adapter.
     parts = [small.trainer.evaluate(expected[-1], m._local.test_data) for m in small.machines]
@@ -193,6 +206,7 @@ def test_late_answers_are_not_counted(small_federation, tmp_path):
     assert np.abs(run.federation.adapter - expected[-1]).max() < 1e-6
     assert all(list(record.failed) == ["client-1"] for record in run.records)
     assert all("600 s" in record.failed["client-1"] for record in run.records)
+    assert run.seen.failures == [("client-1", "late")] * 3
 
 
 def _first_late_then_real(sent: list[Message], answers: Iterator[Message]) -> Iterator[Message]:
@@ -285,6 +299,7 @@ def test_a_client_whose_update_is_broken_is_left_out(small_federation, tmp_path,
 
     small = small_federation()
     run = _run(small, tmp_path, _changed("train", cut_vector))
+    assert run.seen.failures == [("client-0", "invalid")] * 3
     expected = _by_hand(small, run.start, lambda _: [1, 2])
     assert np.abs(run.federation.adapter - expected[-1]).max() < 1e-6
     assert all(list(record.failed) == ["client-0"] for record in run.records)
@@ -325,6 +340,7 @@ def test_errors_are_recorded_by_client_and_reason(small_federation, tmp_path):
 
     run = _run(small_federation(), tmp_path, broken)
     assert [record.failed for record in run.records] == [{"client-2": "out of memory"}] * 3
+    assert run.seen.failures == [("client-2", "failed")] * 3
     assert all(record.clients == ("client-0", "client-1") for record in run.records)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +35,7 @@ def play(progress: Progress, quiet_rounds: bool = False) -> None:
     for record in sample_rounds():
         for left in range(8, -1, -1):
             names = [f"hospital-{place}" for place in range(left)]
-            progress.round_running(record.round, names, 8)
+            progress.round_running(record.round, "train", names, 8)
         progress.round_done(record, 15.4 * (10 - record.round))
     progress.finished()
     progress.finished()
@@ -137,12 +139,64 @@ def test_live_line_shows_the_running_round(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("COLUMNS", "100")
     progress = LiveProgress(stream)
     progress.started(["title"], 10)
-    progress.round_running(2, ["a", "b", "c", "[red]", "e"], 8)
+    progress.connected(["[red]"], 8)
+    progress.round_running(2, "train", ["a", "b", "[red]", "c", "d"], 8)
+    progress.round_running(2, "train", ["a", "b", "[red]", "c"], 8)
     progress.finished()  # draws the last state before it goes
-    assert "round 2/10" in stream.getvalue()
-    assert "3/8" in stream.getvalue()
-    assert "clients; waiting for a, b, c and 2 more" in stream.getvalue()
+    last = stream.getvalue().rpartition("round 2/10 training")[2]
+    assert "4/8 clients; late: a, b, [red] (offline) and 1 more; 0 s" in last
     assert stream.getvalue().rindex("\x1b[?25h") > 0  # the cursor is back
+
+
+def last_line(monkeypatch: pytest.MonkeyPatch, *told: Callable[[Progress], None]) -> str:
+    """What the live line says in the end, without the bar and the codes of colours."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    progress = LiveProgress(stream)
+    progress.started(["title"], 10)
+    for tell in told:
+        tell(progress)
+    progress.finished()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|[━╸╺]", "", stream.getvalue())
+    return " ".join(re.split(r"[\r\n]+", text.strip())[-1].split())
+
+
+def test_nobody_is_late_before_most_have_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = last_line(monkeypatch, lambda p: p.round_running(1, "train", ["b", "c"], 3))
+    most = last_line(monkeypatch, lambda p: p.round_running(1, "train", ["c"], 3))
+    all_of_them = last_line(monkeypatch, lambda p: p.round_running(1, "train", [], 3))
+    assert few == "round 1/10 training 1/3 clients; 0 s"
+    assert most == "round 1/10 training 2/3 clients; late: c; 0 s"
+    assert all_of_them == "round 1/10 training 3/3 clients; 0 s"
+
+
+def test_live_line_says_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = last_line(monkeypatch, lambda p: p.waiting(0, 3), lambda p: p.waiting(2, 3))
+    assert waiting == "waiting for clients 2/3 clients; 0 s"
+    evaluating = last_line(
+        monkeypatch,
+        lambda p: p.round_running(1, "reveal", [], 3),
+        lambda p: p.round_running(1, "evaluate", [], 0),
+    )
+    assert evaluating == "round 1/10 evaluating 0 s"
+    # How long the whole run still takes is counted down from the estimate of the last round.
+    second = last_line(
+        monkeypatch,
+        lambda p: p.round_done(sample_rounds()[0], 126.0),
+        lambda p: p.round_running(2, "sign", ["a", "b", "c"], 3),
+    )
+    assert second == "round 2/10 signing 0/3 clients; 0 s; 2 min 6 s left"
+
+
+def test_plain_progress_says_once_that_it_waits() -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream)
+    for number in (1, 2):
+        progress.waiting(0, 3)
+        progress.waiting(1, 3)
+        progress.round_running(number, "train", [], 3)
+    assert stream.getvalue().splitlines() == ["waiting for clients, 3 of 3 are missing"] * 2
 
 
 def printed(summary: Summary, folder: Path) -> str:

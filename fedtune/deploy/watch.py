@@ -1,0 +1,74 @@
+"""What watches a server's rounds: the connections, `/health` and `/metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from pathlib import Path
+
+from fedtune.config import Config
+from fedtune.deploy.keys import AUTHORITY, SERVER_CERTIFICATE, read_certificate
+from fedtune.deploy.metrics import CONTENT_TYPE, Metrics
+from fedtune.deploy.status import Status
+from fedtune.deploy.status_server import Answer, StatusServer, health
+from fedtune.deploy.superlink import SuperLinkProcess
+from fedtune.report.progress import Progress
+from fedtune.round.journal import Journal
+
+
+class Connections:
+    """Tells who is connected: the status at each look, the progress when it changes."""
+
+    def __init__(self, clients: Iterable[str], progress: Progress, status: Status) -> None:
+        self._clients, self._progress, self._status = sorted(clients), progress, status
+        self._known: frozenset[str] | None = None
+
+    def looked(self, names: frozenset[str]) -> None:
+        """These clients are connected."""
+        self._status.looked(names)
+        if names != self._known:
+            self._known = names
+            absent = [name for name in self._clients if name not in names]
+            self._progress.connected(absent, len(self._clients))
+
+
+def make_status(config: Config, clients: Iterable[str], journal: Journal) -> Status:
+    """The status of a run that begins, or goes on, with this journal."""
+
+    def epsilon() -> float | None:
+        if config.privacy.unit != "client":
+            return None  # what records spend, each site accounts for itself
+        return journal.ledger().epsilon(config.privacy.delta)
+
+    records, patience = journal.records(), config.rounds.timeout
+    return Status(list(clients), config.rounds.count, records, patience, epsilon)
+
+
+@contextmanager
+def watched(
+    address: tuple[str, int] | None, keys: Path, status: Status, link: SuperLinkProcess
+) -> Iterator[list[str]]:
+    """Answer `/health` and `/metrics` at `address`, if there is one; says so in words."""
+    if address is None:
+        yield []
+        return
+    ends = {
+        name: read_certificate(keys / name).not_valid_after_utc.timestamp()
+        for name in (SERVER_CERTIFICATE, AUTHORITY)
+    }
+    metrics = Metrics(lambda: status.snapshot, ends)
+
+    def answer_health() -> Answer:
+        trouble = status.trouble()
+        if not trouble and not link.answers():
+            trouble = "Flower's SuperLink does not answer"
+        return health(status.to_json(), trouble)
+
+    routes = {
+        "/health": answer_health,
+        "/metrics": lambda: (HTTPStatus.OK, CONTENT_TYPE, metrics.text()),
+    }
+    with StatusServer(address, routes) as server:
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        yield [f"/health and /metrics at http://{host}:{server.port}"]
