@@ -40,6 +40,7 @@ from flwr.supercore.constant import (  # isort: skip
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
 )
+from flwr.supercore.error import ApiErrorCode  # isort: skip
 from flwr.supercore.inflatable.inflatable_object import (  # isort: skip
     InflatableObject,
     get_all_nested_objects,
@@ -114,20 +115,24 @@ class NodeConnection:
     """A site's end of the connection; not for several threads, but for `beat`."""
 
     def __init__(
-        self, address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, largest: int
+        self,
+        address: str,
+        authority: bytes,
+        key: ec.EllipticCurvePrivateKey,
+        largest: int,
+        timeout: float = 30.0,
     ) -> None:
         """`authority` is the PEM certificate that vouches for the server at `address`.
 
-        Messages of more than `largest` bytes are refused before they are fetched.
+        Messages of more than `largest` bytes are refused before they are fetched; the other side
+        may be silent for `timeout` seconds.
         """
         self._largest = largest
         self._time = _SignedTime(key)
         self._public_key = public_key_to_bytes(key.public_key())
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_verify_locations(cadata=authority.decode("ascii"))
+        context = tls_context(authority)
         self._client = FleetHttpClient(
-            f"https://{address}", interceptors=[self._time], verify=context, timeout=30.0
+            f"https://{address}", interceptors=[self._time], verify=context, timeout=timeout
         )
         # Called when the head of a response is there and nothing of its body.
         self._client._client.event_hooks["response"] = [_bounded]
@@ -153,6 +158,26 @@ class NodeConnection:
                 "the server does not let this site connect: its roster has no such transport key. "
                 "Is public.toml with the operator, and the server started with the new roster?"
             ) from error
+
+    def is_admitted(self) -> bool:
+        """Whether the server would let this site connect; changes nothing there.
+
+        A site that is connected stays so: Flower looks for the key, then refuses a heartbeat
+        that it does not accept, and only then would it begin a new connection.
+        Raises `ServerRefused` or `ServerUnreachable`.
+        """
+        request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=0.0)
+        try:
+            with translated():
+                self._client.ActivateNode(request)
+        except ServerRefused as error:
+            code = _flower_code(error.__cause__)
+            if code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+                return True
+            if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                return False
+            raise
+        raise ServerRefused("the server accepts any heartbeat; it is not a fedtune server")
 
     def beat(self) -> None:
         """Say that this site is still there."""
@@ -211,6 +236,28 @@ class NodeConnection:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
+
+
+def tls_context(authority: bytes) -> ssl.SSLContext:
+    """TLS 1.3 with a server for which the PEM certificate `authority` vouches, and no other.
+
+    Raises `ssl.SSLError` or `ValueError` if `authority` is no certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=authority.decode("ascii"))
+    return context
+
+
+def _flower_code(error: BaseException | None) -> int | None:
+    """Flower's number of what a request failed of."""
+    if not isinstance(error, httpx.HTTPStatusError):
+        return None
+    try:
+        code = error.response.json()["code"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return code if isinstance(code, int) else None
 
 
 def _bounded(response: httpx.Response) -> None:
