@@ -17,6 +17,7 @@ from fedtune.deploy.doctor.findings import Examination, Verdict
 EXTRAS = ("torch", "privacy", "report", "parquet", "example")
 # Read out where all is well: a difference in these is the first thing to look at.
 _TOLD = ("fedtune", "torch", "transformers", "peft", "flwr", "numpy", "cryptography", "protobuf")
+_FAMILY = ("onnxruntime", "ort-")
 _ONNX_RUNTIME = "onnxruntime/__init__.py"
 
 
@@ -83,7 +84,9 @@ def _onnx_runtime() -> Verdict[None]:
     found = {
         canonicalize_name(distribution.name): distribution.version
         for distribution in metadata.distributions()
-        if any(str(file) == _ONNX_RUNTIME for file in distribution.files or ())
+        # By name first: the lists of files of all packages are long.
+        if canonicalize_name(distribution.name).startswith(_FAMILY)
+        and any(str(file) == _ONNX_RUNTIME for file in distribution.files or ())
     }
     names = sorted(found)
     words = ", ".join(f"{name} {found[name]}" for name in names)
