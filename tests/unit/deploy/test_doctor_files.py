@@ -302,6 +302,7 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     examination = Examination()
     examine_machine(examination, tmp_path, device="cuda:99")
     assert only(examination, "device").status == "problem"
+    assert "CUDA devices" in only(examination, "device").finding
 
 
 def test_a_check_that_fails_ends_no_other() -> None:

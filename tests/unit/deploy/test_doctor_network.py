@@ -114,7 +114,7 @@ def test_what_can_be_wrong_with_a_certificate(serve: Serve) -> None:
     address, authority = serve()
     other = serve(days=396)[1]
     for server, certificate, words in (
-        (*serve(days=-0.02), "has expired"),
+        (*serve(days=-0.02), "the server's certificate has expired"),
         (address, other, "signed by another authority"),
         (*serve(("elsewhere.example",)), "is not for 127.0.0.1"),
         (address.replace("127.0.0.1", "localhost"), authority, "is not for localhost"),
