@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,36 @@ def doctor(launcher: Launcher, *arguments: str | Path) -> Report:
 
 def client_file(federation: Federation, name: str) -> Path:
     return federation.folder / "sites" / name / "client.toml"
+
+
+def test_files_that_cannot_be_used(
+    run_main: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """What is no file is wrong usage; what is wrong in one is a finding among others."""
+    for name, text in (("none.toml", None), ("broken.toml", "[site\n")):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        code, out, err = run_main("doctor", tmp_path / name)
+        assert (code, out) == (2, "")
+        assert name in err
+        assert "Traceback" not in err
+    (tmp_path / "client.toml").write_text('[site]\nnam = "a"\n')
+    (tmp_path / "federation.toml").write_text("[data]\n")
+    for name, words in (("client.toml", "site.nam"), ("federation.toml", "server.toml")):
+        code, out, err = run_main("doctor", tmp_path / name, "--json")
+        assert (code, err) == (1, "")
+        report = Report(code, json.loads(out))
+        assert report.statuses().pop("files") == "problem"
+        assert words in report.text("files")
+        assert report.statuses()["cores"] == "ok"
+
+
+def test_a_machine_alone(run_main: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run_main("doctor")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "software"
+    assert "\nmachine\n" in out
+    assert out.splitlines()[-1].startswith("0 problems, 0 warnings, ")
 
 
 def test_a_federation_that_is_in_order(run: Run) -> None:
