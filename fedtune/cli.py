@@ -232,6 +232,28 @@ def client(
     raise typer.Exit(commands.client(file, once))
 
 
+@app.command(
+    epilog="Examples:  fedtune doctor client.toml  |  fedtune doctor client.toml --measure  |  "
+    "fedtune doctor my-federation/federation.toml  |  fedtune doctor"
+)
+def doctor(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="A site's client.toml or the server's federation.toml."),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="At a site: train a few steps, to time them."),
+    ] = False,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Check this machine before it takes part: software, keys, network, data, room."""
+    from fedtune.deploy.doctor import command
+
+    raise typer.Exit(command.doctor(file, measure, as_json, debug))
+
+
 keys = typer.Typer(help="Make keys, certificates and the roster.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 

@@ -101,31 +101,12 @@ def attach_lora(module: nn.Module, lora: LoRA, seed: int) -> AttachedAdapter:
 
     Raises `ConfigError` when the targets do not fit the module.
     """
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets) or None,
-        modules_to_save=list(lora.also_train) or None,
-    )
-    modules = dict(module.named_modules())
-    missing = [name for name in lora.also_train if name not in modules]
-    if missing:
-        raise ConfigError(f"the model has no module named {', '.join(missing)} to train")
+    config = _peft_config(lora)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name in lora.also_train:
-            _reset(modules[name])  # a new head is part of the adapter: the seed decides it too
-        try:
-            wrapped = get_peft_model(module, config)
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"adapter.targets = {list(lora.targets)} does not fit this model: {reason} "
-                f"(linear modules here: {', '.join(linear_names(module))})"
-            ) from error
+        wrapped = _wrap(module, lora, config)
     trainable = {id(p): p for p in wrapped.parameters() if p.requires_grad}
     # peft's own names: what travels is what `PeftModel.from_pretrained` will look for.
     state: dict[str, Tensor] = get_peft_model_state_dict(wrapped)
@@ -134,6 +115,15 @@ def attach_lora(module: nn.Module, lora: LoRA, seed: int) -> AttachedAdapter:
     if len(named) != len(trainable):
         raise ConfigError("the adapter has trainable parameters that peft would not save")
     return AttachedAdapter(wrapped, named, config)
+
+
+def adapter_size(module: nn.Module, lora: LoRA) -> int:
+    """How many values `lora` has on `module`, which may be on the meta device and is changed.
+
+    Raises `ConfigError` when the targets do not fit the module.
+    """
+    wrapped = _wrap(module, lora, _peft_config(lora))
+    return sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
 
 
 def target_names(adapter: AttachedAdapter) -> list[str]:
@@ -146,6 +136,38 @@ def linear_names(module: nn.Module) -> list[str]:
     """Last parts of the names of all linear modules, each once, in order."""
     names = (n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear))
     return list(dict.fromkeys(names))
+
+
+def _peft_config(lora: LoRA) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets) or None,
+        modules_to_save=list(lora.also_train) or None,
+    )
+
+
+def _wrap(module: nn.Module, lora: LoRA, config: Any) -> Any:
+    """`module` with LoRA's matrices, drawn from torch's own generator."""
+    from peft import get_peft_model
+
+    modules = dict(module.named_modules())
+    missing = [name for name in lora.also_train if name not in modules]
+    if missing:
+        raise ConfigError(f"the model has no module named {', '.join(missing)} to train")
+    for name in lora.also_train:
+        _reset(modules[name])  # a new head is part of the adapter: the seed decides it too
+    try:
+        return get_peft_model(module, config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"adapter.targets = {list(lora.targets)} does not fit this model: {reason} "
+            f"(linear modules here: {', '.join(linear_names(module))})"
+        ) from error
 
 
 def _reset(module: nn.Module) -> None:

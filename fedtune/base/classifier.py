@@ -64,7 +64,6 @@ class BaseModel:
 
         Raises `BaseModelError`.
         """
-        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -80,21 +79,13 @@ class BaseModel:
         self.encoder = _load_encoder(self.folder)
         self.encoder.requires_grad_(False)
         self.parameters = sum(p.numel() for p in self.encoder.parameters())
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise BaseModelError(
-                f"base model {self.folder}: its tokenizer cannot be loaded: {_first_line(error)}"
-            ) from error
+        self.tokenizer = load_tokenizer(self.folder)
 
     @property
     def max_tokens(self) -> int:
         """The longest text that the encoder has positions for."""
         config: Any = self.encoder.config
-        positions = getattr(config, "max_position_embeddings", None)
-        # RoBERTa and its kin start counting positions after the padding id.
-        offset = 2 if "roberta" in config.model_type else 0
-        return int(positions) - offset if positions else 1 << 20
+        return longest_text(config)
 
     def classifier(self, labels: int, pooling: Pooling = "mean") -> EncoderClassifier:
         """A classifier over this encoder with a fresh, seeded-by-the-caller linear layer."""
@@ -109,14 +100,51 @@ def load_classifier(name: str, labels: int, pooling: Pooling = "mean") -> Encode
     return BaseModel(name).classifier(labels, pooling)
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a base model; raises `BaseModelError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"base model {folder}: its tokenizer cannot be loaded: {_first_line(error)}"
+        ) from error
+
+
+def longest_text(config: Any) -> int:
+    """Tokens of the longest text that an encoder of this configuration has positions for."""
+    positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa and its kin start counting positions after the padding id.
+    offset = 2 if "roberta" in config.model_type else 0
+    return int(positions) - offset if positions else 1 << 20
+
+
+def outline(folder: Path, labels: int, pooling: Pooling = "mean") -> EncoderClassifier:
+    """The classifier without any weights, on the meta device: shapes, and no memory.
+
+    Raises `BaseModelError`.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            encoder = AutoModel.from_config(
+                config, trust_remote_code=False, **_without_pooler(config)
+            )
+            return EncoderClassifier(encoder, labels, pooling).requires_grad_(False)
+    except Exception as error:  # transformers raises its own kinds for broken configurations
+        raise BaseModelError(
+            f"base model {folder}: cannot be understood: {_first_line(error)}"
+        ) from error
+
+
 def _load_encoder(folder: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModel
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        # Half of the supported architectures have a pooling layer that mean pooling never
-        # uses; unused parameters would only take memory.
-        extra = {"add_pooling_layer": False} if config.model_type in _WITH_POOLER else {}
         encoder: nn.Module
         encoder, found = AutoModel.from_pretrained(
             folder,
@@ -126,7 +154,7 @@ def _load_encoder(folder: Path) -> nn.Module:
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
-            **extra,
+            **_without_pooler(config),
         )
     except Exception as error:  # transformers raises its own kinds for broken configurations
         raise BaseModelError(
@@ -143,6 +171,12 @@ def _load_encoder(folder: Path) -> nn.Module:
             f"base model {folder}: '{config.model_type}' is not a text encoder with a hidden_size"
         )
     return encoder
+
+
+def _without_pooler(config: Any) -> dict[str, bool]:
+    # Half of the supported architectures have a pooling layer that mean pooling never
+    # uses; unused parameters would only take memory.
+    return {"add_pooling_layer": False} if config.model_type in _WITH_POOLER else {}
 
 
 _WITH_POOLER = {"bert", "roberta", "xlm-roberta", "camembert", "ernie", "mpnet"}

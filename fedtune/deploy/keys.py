@@ -96,7 +96,8 @@ def renew_certificate(folder: Path, hosts: Sequence[str] = ()) -> x509.Certifica
 
     Raises `KeyFileError`, and then the old certificate stays.
     """
-    authority, server = _load(folder / AUTHORITY_KEY), _load(folder / SERVER_KEY)
+    authority = read_private(folder / AUTHORITY_KEY)
+    server = read_private(folder / SERVER_KEY)
     ca = read_certificate(folder / AUTHORITY)
     if not isinstance(server, ec.EllipticCurvePrivateKey):
         raise KeyFileError(f"{folder / SERVER_KEY}: not an elliptic-curve key")
@@ -122,7 +123,7 @@ def make_site_keys(folder: Path, name: str) -> Path:
     signing, transport = Ed25519PrivateKey.generate(), _transport_key()
     write_private(folder / IDENTITY, _private_pem(signing))
     write_private(folder / TRANSPORT, _private_pem(transport))
-    public = _public_der(transport)
+    public = public_der(transport)
     value = {
         "name": name,
         "identity": signing.public_key().public_bytes_raw().hex(),
@@ -175,7 +176,7 @@ def read_roster(path: Path) -> Members:
 
 def read_identity(folder: Path, name: str) -> Identity:
     """The identity in `folder`; raises `KeyFileError`."""
-    key = _load(folder / IDENTITY)
+    key = read_private(folder / IDENTITY)
     if not isinstance(key, Ed25519PrivateKey):
         raise KeyFileError(f"{folder / IDENTITY}: not an Ed25519 key")
     return Identity(name, key.private_bytes_raw())
@@ -183,7 +184,7 @@ def read_identity(folder: Path, name: str) -> Identity:
 
 def read_site_keys(folder: Path, name: str) -> SiteKeys:
     """A site's keys; raises `KeyFileError`."""
-    transport = _load(folder / TRANSPORT)
+    transport = read_private(folder / TRANSPORT)
     if not isinstance(transport, ec.EllipticCurvePrivateKey):
         raise KeyFileError(f"{folder / TRANSPORT}: not an elliptic-curve key")
     return SiteKeys(read_identity(folder, name), transport)
@@ -200,6 +201,13 @@ def read_certificate(path: Path) -> x509.Certificate:
         raise KeyFileError(f"{path}: not a certificate in PEM form") from error
 
 
+def public_der(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The public half, as the roster has it."""
+    return key.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
 def check_private(path: Path) -> None:
     """Raise `KeyFileError` unless `path` is a file that its owner alone can read."""
     try:
@@ -212,7 +220,8 @@ def check_private(path: Path) -> None:
         raise KeyFileError(f"{path}: this private key belongs to another user")
 
 
-def _load(path: Path) -> object:
+def read_private(path: Path) -> object:
+    """The private key in the file `path`; raises `KeyFileError`, also if others can read it."""
     check_private(path)
     try:
         with path.open("rb") as file:
@@ -238,12 +247,6 @@ def _private_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
         _PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
-    )
-
-
-def _public_der(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
 
 

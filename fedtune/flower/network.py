@@ -37,6 +37,7 @@ from flwr.supercore.constant import (  # isort: skip
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
 )
+from flwr.supercore.error import ApiErrorCode  # isort: skip
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (  # isort: skip
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
@@ -90,7 +91,10 @@ class SignedTime(httpx.Auth):
 
 
 def tls_context(authority: bytes) -> ssl.SSLContext:
-    """TLS 1.3 with a server that the PEM certificate `authority` vouches for, and no other."""
+    """TLS 1.3 with a server that the PEM certificate `authority` vouches for, and no other.
+
+    Raises `ssl.SSLError` or `ValueError` if `authority` is no certificate.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=authority.decode("ascii"))
@@ -106,12 +110,14 @@ class NodeConnection:
         authority: bytes,
         key: ec.EllipticCurvePrivateKey,
         largest: int,
-        tell: Tell,
+        tell: Tell = lambda _done, _total: None,
+        timeout: float = 30.0,
     ) -> None:
         """`authority` is the PEM certificate that vouches for the server at `address`.
 
         Messages of more than `largest` bytes are refused before they are fetched. `tell` hears
-        how far a message that comes in pieces, or goes, has got.
+        how far a message that comes in pieces, or goes, has got. The other side may be silent
+        for `timeout` seconds.
         """
         self._largest, self._tell = largest, tell
         self._coming: tuple[Message, ObjectTree] | None = None
@@ -120,7 +126,8 @@ class NodeConnection:
         self._client = FleetHttpClient(f"https://{address}", verify=tls_context(authority))
         self._client._client.auth = self._time
         # TLS counts a piece of 5 MiB as one write, however slow the line.
-        self._client._client.timeout = httpx.Timeout(30.0, write=PATIENCE_SECONDS)
+        patience = max(timeout, PATIENCE_SECONDS)
+        self._client._client.timeout = httpx.Timeout(timeout, write=patience)
         # Called when the head of a response is there and nothing of its body.
         self._client._client.event_hooks["response"] = [_bounded]
         self._node = ProtoNode(node_id=0)
@@ -143,6 +150,26 @@ class NodeConnection:
             if not isinstance(error.__cause__, httpx.HTTPStatusError):
                 raise
             raise ServerRefused(NOT_LET_IN) from error
+
+    def is_admitted(self) -> bool:
+        """Whether the server would let this site connect; changes nothing there.
+
+        A site that is connected stays so: Flower looks for the key, then refuses a heartbeat
+        that it does not accept, and only then would it begin a new connection.
+        Raises `ServerRefused` or `ServerUnreachable`.
+        """
+        request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=0.0)
+        try:
+            with translated():
+                self._client.ActivateNode(request)
+        except ServerRefused as error:
+            code = _flower_code(error.__cause__)
+            if code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+                return True
+            if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                return False
+            raise
+        raise ServerRefused("the server accepts any heartbeat; it is not a fedtune server")
 
     def beat(self) -> None:
         """Say that this site is still there."""
@@ -208,6 +235,17 @@ class NodeConnection:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
+
+
+def _flower_code(error: BaseException | None) -> int | None:
+    """Flower's number of what a request failed of."""
+    if not isinstance(error, httpx.HTTPStatusError):
+        return None
+    try:
+        code = error.response.json()["code"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return code if isinstance(code, int) else None
 
 
 def _bounded(response: httpx.Response) -> None:

@@ -71,17 +71,21 @@ class Job:
         settings = torch_settings(self.config.train, record_privacy)
         return TorchTrainer(self.adapter, self.task, self.base_digest, settings)
 
+    def trainer_of(self, place: int) -> TorchTrainer:
+        """What the client in `place` trains with, which its number of examples may decide."""
+        if self.config.privacy.unit != "record":
+            return self.trainer()
+        examples = len(self.clients[place].train)
+        noise = record_release(self.config, examples, 1).noise_multiplier
+        return self.trainer(RecordPrivacy(noise, self.config.privacy.example_clip))
+
     def machine(self, place: int, membership: Membership | None = None) -> ClientMachine:
         """The client in `place` as the round sees it."""
         client = self.clients[place]
-        record_privacy = None
-        if self.config.privacy.unit == "record":
-            noise = record_release(self.config, len(client.train), 1).noise_multiplier
-            record_privacy = RecordPrivacy(noise, self.config.privacy.example_clip)
         return ClientMachine(
             client.name,
             self.config,
-            self.trainer(record_privacy),
+            self.trainer_of(place),
             client.train,
             client.test,
             make_pipeline(self.config.update, self.adapter.manifest.size),
@@ -203,22 +207,20 @@ class TextModel:
     def __init__(self, config: Config, labels: int) -> None:
         """Load it for `labels` labels; raises `BaseModelError` or `ConfigError`."""
         self.base = BaseModel(config.base.path, config.base.digest)
-        settings = config.adapter
-        lora = LoRA(
-            settings.rank,
-            settings.alpha,
-            settings.dropout,
-            settings.targets,
-            also_train=("classifier",),
-        )
         module = self.base.classifier(labels, config.base.pooling)
-        self.adapter = attach_lora(module, lora, config.seed)
+        self.adapter = attach_lora(module, lora_of(config), config.seed)
         self.task = TextClassification(self.base.tokenizer.pad_token_id or 0)
         self._max_length = min(config.base.max_length, self.base.max_tokens)
 
     def prepare(self, examples: TextExamples) -> TokenizedTexts:
         """The texts as the trainer takes them."""
         return tokenize(self.base.tokenizer, examples, self._max_length)
+
+
+def lora_of(config: Config) -> LoRA:
+    """The adapter of a text classifier."""
+    found = config.adapter
+    return LoRA(found.rank, found.alpha, found.dropout, found.targets, also_train=("classifier",))
 
 
 def custom_job(

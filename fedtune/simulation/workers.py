@@ -15,6 +15,7 @@ from fedtune.errors import JobError
 from fedtune.flower.client_app import make_client_app
 from fedtune.flower.grid import KIND, message_handler
 from fedtune.flower.pool import Failed, ForkPool, InlinePool, Pool, Task
+from fedtune.resources import usable_cores
 from fedtune.round.client import ClientMachine
 from fedtune.simulation.job import Job
 from fedtune.simulation.packing import pack_evaluation, unpack_evaluation
@@ -91,8 +92,7 @@ def _machine_of(job: Job, sites: Sites | None, context: Context) -> ClientMachin
 
 
 def _default_workers(job: Job) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // job.config.train.threads)
+    return max(1, usable_cores() // job.config.train.threads)
 
 
 def _test_set(job: Job, place: int) -> Dataset:

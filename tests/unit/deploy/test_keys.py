@@ -87,7 +87,7 @@ def test_a_roster_has_the_public_keys_of_all(folder: Path) -> None:
     for name in "abc":
         own = keys.read_site_keys(folder / name, name)
         assert members.roster.keys[name] == own.identity.public_key
-        assert members.transport[name] == keys._public_der(own.transport)
+        assert members.transport[name] == keys.public_der(own.transport)
     server = keys.read_identity(folder / "server", SERVER)
     assert members.roster.keys[SERVER] == server.public_key
     again = keys.read_roster(folder / "roster.toml")

@@ -196,6 +196,24 @@ def test_a_late_answer_is_nobodys(network: Network) -> None:
     assert unwrap(answer) == b"two"
 
 
+def test_whether_a_site_is_let_in_can_be_asked(network: Network) -> None:
+    """By one that is connected too: its connection is the same as before, and no other is made."""
+    connected = network.connection("a")
+    assert connected.is_admitted()
+    assert network.grid.activations() == {}
+    connected.activate()
+    before = network.grid.activations()
+    assert len(before) == 1
+    asking = network.connection("a")
+    asking._time.offset = datetime.timedelta(minutes=10)  # with a clock that is wrong
+    assert asking.is_admitted()
+    assert network.grid.activations() == before
+    connected.beat()
+    make_site_keys(network.folder / "c", "c")  # who is in no roster
+    assert not network.connection("c").is_admitted()
+    assert network.grid.activations() == before
+
+
 @pytest.mark.parametrize("minutes", [-600, -10, 10, 600])
 def test_clocks_may_differ(network: Network, minutes: int) -> None:
     connection = network.connection("a")

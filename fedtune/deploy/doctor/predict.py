@@ -1,0 +1,130 @@
+"""What a job will take of a machine's memory and disk, before anything is loaded.
+
+The model is looked at without its weights. Measured against the prediction:
+`tests/e2e/test_doctor.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.adapter.lora import adapter_size
+from fedtune.base.classifier import longest_text, outline
+from fedtune.config import Config
+from fedtune.deploy.doctor.findings import Verdict
+from fedtune.deploy.doctor.traffic import packed_update
+from fedtune.resources import resident_memory
+from fedtune.simulation.job import lora_of
+from fedtune.train.torch_trainer import EVALUATION_BATCH
+
+_FLOAT = 4  # bytes
+_MIB = 1 << 20
+# What glibc's allocator keeps of freed activations: measured 2.0 to 2.6 times what is in use.
+FRAGMENTATION = 2.5
+# Vectors of the adapter that a site holds at a time. float32: value, gradient and two moments;
+# what came, what was trained, and their difference. int64: the integers and their masks.
+_SITE_VECTORS = 7 * _FLOAT + 3 * 8
+# At the server, float32: value and gradient, two moments, best and last; float64 and int64: sums.
+_SERVER_VECTORS = 6 * _FLOAT + 4 * 8
+_NETWORK_PROCESS = 120 * _MIB  # of a site; benchmarks/deployment.py holds it to that
+_SUPERLINK_PROCESS = 180 * _MIB
+_REPORT = 32 * _MIB  # report, TensorBoard's events, metrics and logs of a run
+_SITE_REST = 4 * _MIB  # of a site's memory besides what it last answered
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a base model and of the adapter on it."""
+
+    base: int  # parameters
+    adapter: int  # parameters
+    hidden: int
+    layers: int
+    intermediate: int
+    longest: int  # tokens of the longest text that is not cut
+
+
+def look_at(folder: Path, config: Config) -> Verdict[ModelShape]:
+    """What `shape_of` finds, for the report."""
+    shape = shape_of(folder, config)
+    text = f"{shape.base:,} parameters, and an adapter of {shape.adapter:,}"
+    numbers = {"base_parameters": shape.base, "adapter_parameters": shape.adapter}
+    return Verdict("ok", text, numbers=numbers, value=shape)
+
+
+def shape_of(folder: Path, config: Config) -> ModelShape:
+    """The shape of the base model in `folder`; raises `BaseModelError` or `ConfigError`."""
+    module = outline(folder, len(config.data.labels), config.base.pooling)
+    base = sum(parameter.numel() for parameter in module.encoder.parameters())
+    found: Any = module.config
+    return ModelShape(
+        base,
+        adapter_size(module, lora_of(config)),
+        found.hidden_size,
+        getattr(found, "num_hidden_layers", 0),
+        getattr(found, "intermediate_size", 4 * found.hidden_size),
+        min(config.base.max_length, longest_text(found)),
+    )
+
+
+def activations(shape: ModelShape, rows: int, tokens: int) -> int:
+    """Bytes that a training step keeps of a batch of `rows` texts of `tokens` each.
+
+    rows · tokens · layers · (7 · hidden + intermediate) · 4 bytes. Of each token and layer, an
+    encoder with a frozen base keeps for the way back: the input of both normalizations, the
+    layer's input (for LoRA), query, key, value, the attention's output, and what goes into the
+    activation function. The attention's own matrices are not kept by torch's fused kernels.
+    """
+    values = shape.layers * (7 * shape.hidden + shape.intermediate)
+    return rows * tokens * values * _FLOAT
+
+
+def process_memory() -> int:
+    """Bytes that a process holds which has imported what trains: this one, where it is known."""
+    return resident_memory() or 450 * _MIB
+
+
+def site_memory(config: Config, shape: ModelShape, tokens: int, process: int) -> int:
+    """Bytes of memory of both processes of a site, at their peak.
+
+    process + base · 4 + adapter · 52 + 2.5 · activations + 120 MiB. `process` is what a process
+    holds that has imported what trains, `tokens` the longest row's, at most base.max-length.
+    With record-level privacy a step takes one row at a time.
+    """
+    rows = 1 if config.privacy.unit == "record" else config.train.batch_size
+    kept = int(FRAGMENTATION * activations(shape, rows, tokens))
+    model = shape.base * _FLOAT + shape.adapter * _SITE_VECTORS
+    return process + model + kept + _NETWORK_PROCESS
+
+
+def server_memory(shape: ModelShape, clients: int, process: int, evaluates: bool) -> int:
+    """Bytes of memory of both processes of a server of `clients`, at their peak.
+
+    process + base · 4 + adapter · (56 + 4 · (clients + 1)) + 180 MiB, and to evaluate one layer's
+    activations of 64 rows of base.max-length. The SuperLink holds one adapter for all and at
+    worst every client's update; above 1 GiB they are on the disk.
+    """
+    model = shape.base * _FLOAT + shape.adapter * _SERVER_VECTORS
+    messages = min(shape.adapter * _FLOAT * (clients + 1), 1 << 30)
+    one_layer = activations(shape, EVALUATION_BATCH, shape.longest) // max(1, shape.layers)
+    passing = int(FRAGMENTATION * one_layer) if evaluates else 0
+    return process + model + messages + passing + _SUPERLINK_PROCESS
+
+
+def site_disk(config: Config, shape: ModelShape, clients: int) -> int:
+    """Bytes of a site's memory: its last answer, the one that replaces it, and SQLite's log."""
+    return 3 * packed_update(config, shape.adapter, clients) + _SITE_REST
+
+
+def server_disk(shape: ModelShape, clients: int) -> int:
+    """Bytes of a run's folder.
+
+    adapter · (4 · 9 + 8 · 2), 32 MiB, and where messages are not held in memory, they. The
+    journal keeps the first, the best and the last adapter, two moments, and while a round is
+    opened its sum; SQLite writes what changes once more; the adapter's own file is replaced by
+    writing another.
+    """
+    messages = shape.adapter * _FLOAT * (clients + 1)
+    return shape.adapter * (_FLOAT * 9 + 8 * 2) + _REPORT + (messages if messages > 1 << 30 else 0)
