@@ -79,6 +79,9 @@ class Worker:
         self.close()
 
     def _ask(self, question: bytes, payload: bytes) -> bytes:
+        if self._process.poll() is not None:
+            # It ended while nobody asked, or could not be started again the last time.
+            self._restart()
         try:
             write_frame(self._pipe(self._process.stdin), question, payload)
             kind, said = self._read()
@@ -92,8 +95,16 @@ class Worker:
             raise JobError(said.decode())
         logger.error("%s; it is started again", said.decode())
         self.close()
-        self._start()
+        self._restart()
         raise JobError("the training process ended")
+
+    def _restart(self) -> None:
+        try:
+            self._start()
+        except UsageError as error:
+            # It can name a file or quote a row, and what is raised here goes to the server.
+            logger.error("the training process does not start: %s", error)
+            raise JobError("the training process does not start") from error
 
     def _read(self) -> tuple[bytes, bytes]:
         found = read_frame(self._pipe(self._process.stdout))
