@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import sys
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> NoReturn:
     """What the process does: load everything, then answer until its input ends."""
+    threading.Thread(target=_end_with_the_other_process, daemon=True).start()
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     # What anything prints must not get into the answers.
     os.dup2(2, 1)
@@ -56,6 +59,18 @@ def main() -> NoReturn:
             kind, answer = FAILURE, f"raised {type(error).__name__}".encode()
         write_frame(answers, kind, answer)
     sys.exit(0)
+
+
+def _end_with_the_other_process() -> None:
+    """End when nobody asks any more, even in the middle of training.
+
+    The process that asked was killed: the next one starts a training process of its own, which
+    must not find this one at the same work, on the same accelerator.
+    """
+    closed = select.poll()
+    closed.register(sys.stdin.fileno(), 0)  # no event but that the other end is closed
+    closed.poll()
+    os._exit(0)
 
 
 if __name__ == "__main__":
