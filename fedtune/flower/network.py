@@ -79,6 +79,10 @@ class _SignedTime:
         self._public = b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
         self.offset = datetime.timedelta()
 
+    def now(self) -> datetime.datetime:
+        """The time, by the server's clock if it was asked for."""
+        return datetime.datetime.now(datetime.UTC) + self.offset
+
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         response = self._send(context, call_next)
         if response.status_code == httpx.codes.UNAUTHORIZED and self._follow(response):
@@ -86,7 +90,7 @@ class _SignedTime:
         return response
 
     def _send(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        now = (datetime.datetime.now(datetime.UTC) + self.offset).isoformat()
+        now = self.now().isoformat()
         signature = sign_message(self._key, now.encode("ascii"))
         headers = {
             FLEET_HTTP_PUBLIC_KEY_HEADER: self._public,
@@ -185,6 +189,10 @@ class NodeConnection:
 
     def push(self, answer: Message, seconds: float) -> None:
         """Send an answer."""
+        # When it expires stays the same. An answer that was made, by a clock that is ahead, after
+        # its question had expired would not be taken.
+        now, metadata = self._time.now().timestamp(), answer.metadata
+        metadata.ttl, metadata.created_at = metadata.created_at + metadata.ttl - now, now
         internals.set_message_id(answer, answer.object_id)
         head, tree, objects = parts_of(answer)
         request = PushMessagesRequest(
