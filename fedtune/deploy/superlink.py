@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -114,6 +115,8 @@ class SuperLinkProcess:
 
 def main() -> None:
     """What the process does: read the settings, listen, and end with the standard input."""
+    # Ctrl-C goes to all processes of a terminal: the server ends in its own time, and this with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
     # What is printed by others must not be taken for the answer.
     answer, sys.stdout = sys.stdout, sys.stderr
