@@ -126,8 +126,13 @@ class _Site:
                     time.sleep(POLL_SECONDS if busy else IDLE_POLL_SECONDS)
                     continue
                 self._refusals = 0
-                self._answer(message)
-                if message.metadata.message_type == FAREWELL and self._once:
+                over = message.metadata.message_type == FAREWELL and self._once
+                try:
+                    self._answer(message)
+                except ServerUnreachable:
+                    if not over:  # who has said farewell need not be there for the answer
+                        raise
+                if over:
                     self._connection.leave()
                     return 0
                 heard = time.monotonic()
@@ -152,7 +157,8 @@ class _Site:
             self._say(f"{what or metadata.message_type} refused: {answer.error.reason}")
         elif metadata.message_type == "train":
             self._say(f"{what}ed in {time.monotonic() - started:.1f} s")
-        self._push(answer, time.monotonic() - started)
+        tries = 1 if metadata.message_type == FAREWELL else PUSH_TRIES
+        self._push(answer, time.monotonic() - started, tries)
 
     def _take_leave(self, message: Message) -> Message:
         try:
@@ -162,12 +168,12 @@ class _Site:
         self._say(f"the run is over: {words}")
         return reply(message, b"")
 
-    def _push(self, answer: Message, seconds: float) -> None:
-        for tried in range(1, PUSH_TRIES + 1):
+    def _push(self, answer: Message, seconds: float, tries: int) -> None:
+        for tried in range(1, tries + 1):
             try:
                 self._connection.push(answer, seconds)
             except ServerUnreachable as error:
-                if tried == PUSH_TRIES:
+                if tried == tries:
                     raise
                 logger.info("an answer did not get through: %s", error)
                 time.sleep(tried)
