@@ -210,6 +210,10 @@ class FederatedFineTuning(Strategy):
             for name in self._absences(opened.context.round, exchange.stage, cohort):
                 if requests.pop(name, None) is not None:
                     opened.fail(name, "absent, as rehearsed")
+        for name in [name for name in requests if name not in self._nodes]:
+            # A round that is taken up after a restart may miss some of those who began it.
+            del requests[name]
+            opened.fail(name, "not connected")
         opened.bytes_down += sum(map(len, requests.values()))
         kind = MessageType.TRAIN if self._trained else CONVERSATION
         return self._messages(requests, kind)
