@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from deployed import Federation, free_port
-from e2e_helpers import Command, Launcher
+from e2e_helpers import Launcher
 from faulty_proxy import FaultyProxy
 from small_files import read_icd_rows, write_clients, write_tiny_base
 
@@ -155,8 +155,8 @@ class _Run:
         for name, disk in self._disks.items():
             self._federation.move_memory(name, disk)
         self._undo: list[tuple[float, int, Callable[[], None]]] = []
-        self._servers = [self._federation.server()]
-        self._clients = {name: [self._federation.warm_client(name)] for name in SITES}
+        self._server = self._federation.server()
+        self._clients = {name: self._federation.warm_client(name) for name in SITES}
         # Called before the disks are taken away.
         stack.callback(self._launcher.end_all)
 
@@ -164,13 +164,13 @@ class _Run:
         """Undo what is due, start again what has ended; how the run has ended, if it has."""
         while self._undo and self._undo[0][0] <= time.monotonic():
             heapq.heappop(self._undo)[2]()
-        server = self._servers[-1]
+        server = self._server
         if server.running:
-            for name, started in self._clients.items():
-                if not started[-1].running:
-                    code = started[-1].wait()
+            for name, client in self._clients.items():
+                if not client.running:
+                    code = client.wait()
                     assert code in (0, -signal.SIGKILL), f"{name} has ended with {code}"
-                    started.append(self._federation.warm_client(name))
+                    self._clients[name] = self._federation.warm_client(name)
             return None
         code, said = server.wait(), server.stderr
         if code == 0:
@@ -180,12 +180,12 @@ class _Run:
         # Its port is taken for a moment, if it was killed while Flower's process was starting.
         known = any(words in said for words in ("SuperLink has ended", "cannot listen at"))
         assert code == -signal.SIGKILL or known, f"the server has ended with {code}"
-        self._servers.append(self._federation.restart_server(server))
+        self._server = self._federation.restart_server(server)
         return None
 
     def strike(self, fault: Fault) -> bool:
         """Let it happen; whether there was anything that it could happen to."""
-        server, client = self._servers[-1], self._clients[fault.site][-1]
+        server, client = self._server, self._clients[fault.site]
         proxy, training = self._proxies[fault.site], client.workers()
         if fault.kind == "kill server":
             server.kill()
@@ -226,19 +226,14 @@ class _Run:
             self._federation.check_finished()
         else:
             self._federation.check()
-        for command in self._commands():
-            assert "Traceback" not in command.stderr, command.stderr
 
     def story(self) -> str:
         """What everybody said last."""
         parts = []
-        for command in self._commands():
+        for command in self._launcher.commands:
             lines = command.stderr.splitlines()[-LINES:]
             parts.append("\n  ".join([f"--- {command.folder}", *lines]))
         return "\n".join(parts)
-
-    def _commands(self) -> list[Command]:
-        return [*self._servers, *(c for started in self._clients.values() for c in started)]
 
     def _fill(self, fault: Fault) -> bool:
         disk = self._disks.get(fault.site)

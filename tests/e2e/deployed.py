@@ -272,6 +272,8 @@ class Federation:
 
     def check(self) -> list[dict[str, Any]]:
         """Assert what must hold of every run, at any time; the committed rounds' records."""
+        for command in self._launch.commands:
+            assert "Traceback" not in command.stderr, command.stderr
         records = read_journal(self.run)
         assert [record["round"] for record in records] == list(range(1, len(records) + 1))
         steps = [step for name in self.sites for step in self.history(name)]

@@ -187,6 +187,11 @@ class Launcher:
         command = self.warm(*arguments, audit=audit)
         return command.wait(), command
 
+    @property
+    def commands(self) -> list[Command]:
+        """All that were started, ended ones too."""
+        return list(self._started)
+
     def end_all(self) -> None:
         for command in self._started:
             if command.running:

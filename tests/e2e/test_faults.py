@@ -171,5 +171,3 @@ def test_sites_come_go_stall_and_differ(
     assert federation.record(before + 1)["clients"][: len(steady)] == list(steady)
     records = federation.check()
     assert records[stalled - 1]["clients"] == records[full - 1]["clients"] == list(steady)
-    for command in (server, newer, late, *clients.values()):
-        assert "Traceback" not in command.stderr
