@@ -165,8 +165,13 @@ class _Site:
                     time.sleep(POLL_SECONDS if busy else IDLE_POLL_SECONDS)
                     continue
                 self._refusals = 0
-                self._answer(message)
-                if message.metadata.message_type == FAREWELL and self._once:
+                over = message.metadata.message_type == FAREWELL and self._once
+                try:
+                    self._answer(message)
+                except ServerUnreachable:
+                    if not over:  # who has said farewell need not be there for the answer
+                        raise
+                if over:
                     self._connection.leave()
                     return 0
                 heard = time.monotonic()
@@ -189,7 +194,8 @@ class _Site:
             self._say(f"{what or metadata.message_type} refused: {answer.error.reason}")
         elif metadata.message_type == "train":
             self._say(f"{what}ed in {time.monotonic() - started:.1f} s")
-        self._push(answer, time.monotonic() - started)
+        tries = 1 if metadata.message_type == FAREWELL else PUSH_TRIES
+        self._push(answer, time.monotonic() - started, tries)
 
     def _reply(self, message: Message) -> Message:
         kind = message.metadata.message_type
@@ -209,12 +215,12 @@ class _Site:
         except JobError as error:
             return failure(message, CLIENT_FAILED, str(error))
 
-    def _push(self, answer: Message, seconds: float) -> None:
-        for tried in range(1, PUSH_TRIES + 1):
+    def _push(self, answer: Message, seconds: float, tries: int) -> None:
+        for tried in range(1, tries + 1):
             try:
                 self._connection.push(answer, seconds)
             except ServerUnreachable as error:
-                if tried == PUSH_TRIES:
+                if tried == tries:
                     raise
                 logger.info("an answer did not get through: %s", error)
                 time.sleep(tried)

@@ -49,7 +49,13 @@ class Worker:
         self.largest: int = ready["largest"]  # bytes of a request that it could ever take
 
     def ask(self, question: bytes, payload: bytes) -> None:
-        """Send a request, which is then not held here; `answer` follows."""
+        """Send a request, which is then not held here; `answer` follows.
+
+        Raises `JobError` if there is nobody to ask.
+        """
+        if self._process.poll() is not None:
+            # It ended while nobody asked, or could not be started again the last time.
+            self._restart()
         with suppress(BrokenPipeError):  # that it has ended is found when the answer is read
             write_frame(self._pipe(self._process.stdin), question, payload)
 
@@ -70,7 +76,7 @@ class Worker:
             raise JobError(said.decode())
         logger.error("%s; it is started again", said.decode())
         self.close()
-        self._start()
+        self._restart()
         raise JobError("the training process ended")
 
     def close(self) -> None:
@@ -90,6 +96,14 @@ class Worker:
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
+
+    def _restart(self) -> None:
+        try:
+            self._start()
+        except UsageError as error:
+            # It can name a file or quote a row, and what is raised here goes to the server.
+            logger.error("the training process does not start: %s", error)
+            raise JobError("the training process does not start") from error
 
     def _read(self) -> tuple[bytes, bytes]:
         found = read_frame(self._pipe(self._process.stdout))

@@ -63,6 +63,10 @@ class SignedTime(httpx.Auth):
         self._public = b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
         self.offset = datetime.timedelta()
 
+    def now(self) -> datetime.datetime:
+        """The time, by the server's clock if it was asked for."""
+        return datetime.datetime.now(datetime.UTC) + self.offset
+
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         """Sign a request, and once more if the server's clock is another."""
         self._sign(request)
@@ -72,7 +76,7 @@ class SignedTime(httpx.Auth):
             yield request
 
     def _sign(self, request: httpx.Request) -> None:
-        now = (datetime.datetime.now(datetime.UTC) + self.offset).isoformat()
+        now = self.now().isoformat()
         signature = sign_message(self._key, now.encode("ascii"))
         request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = self._public
         request.headers[TIMESTAMP_HEADER] = now
@@ -208,6 +212,10 @@ class NodeConnection:
 
     def push(self, answer: Message, seconds: float) -> None:
         """Send an answer."""
+        # When it expires stays the same. An answer that was made, by a clock that is ahead, after
+        # its question had expired would not be taken.
+        now, metadata = self._time.now().timestamp(), answer.metadata
+        metadata.ttl, metadata.created_at = metadata.created_at + metadata.ttl - now, now
         internals.set_message_id(answer, answer.object_id)
         head, tree, objects = parts_of(answer)
         request = PushMessagesRequest(

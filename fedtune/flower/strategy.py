@@ -218,6 +218,10 @@ class FederatedFineTuning(Strategy):
             for name in self._absences(opened.context.round, exchange.stage, cohort):
                 if requests.pop(name, None) is not None:
                     self._fail(opened, name, "disconnected", "absent, as rehearsed")
+        for name in [name for name in requests if name not in self._nodes]:
+            # A round that is taken up after a restart may miss some of those who began it.
+            del requests[name]
+            self._fail(opened, name, "disconnected", "not connected")
         opened.bytes_down += sum(map(len, requests.values()))
         kind = MessageType.TRAIN if self._stage == TRAINING else CONVERSATION
         return self._messages(requests, kind)

@@ -7,13 +7,15 @@ so a site that is killed at any moment and started again says nothing twice.
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedtune.errors import BudgetExceeded, ProtocolViolation, RunFolderError
+from fedtune.errors import BudgetExceeded, ClientFailure, ProtocolViolation, RunFolderError
 from fedtune.files import transaction
 from fedtune.privacy.accountant import Ledger, Release
 from fedtune.secagg.client import ClientSession, Stage
@@ -49,6 +51,7 @@ CREATE TABLE IF NOT EXISTS releases (
     release TEXT NOT NULL         -- JSON; rows are added and never changed
 ) STRICT;
 """
+logger = logging.getLogger(__name__)
 # After these, a round's sum may be open: the site takes no further attempt at that round.
 _FINAL = (Stage.SIGNED, Stage.REVEALED)
 
@@ -127,7 +130,7 @@ class SiteStore:
     def enrol(self, names: Iterable[str]) -> dict[str, Identity]:
         """The identities of `names`, made where they are not there yet."""
         fresh = [(name, Identity.generate(name).private_key) for name in names]
-        with transaction(self._db) as db:
+        with self._writing() as db:
             db.executemany("INSERT OR IGNORE INTO identities VALUES (?, ?)", fresh)
             rows = db.execute("SELECT name, private_key FROM identities ORDER BY name").fetchall()
         wanted = {name for name, _ in fresh}
@@ -139,7 +142,7 @@ class SiteStore:
         The same training, summed up in two runs with one client less in the second, would
         give that client away. Raises `ProtocolViolation` for a second run.
         """
-        with transaction(self._db) as db:
+        with self._writing() as db:
             row = (client, agreement, run_id)
             db.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?)", row)
             query = "SELECT run_id FROM runs WHERE client = ? AND agreement = ?"
@@ -163,7 +166,7 @@ class SiteStore:
         open already, or an attempt that is not a new one.
         """
         context = session.context
-        with transaction(self._db) as db:
+        with self._writing() as db:
             repeats: list[str] = []
             row = db.execute(
                 "SELECT round, attempt, stage, state, repeats FROM sessions "
@@ -241,7 +244,7 @@ class SiteStore:
 
         Raises `ProtocolViolation` if the session has gone on meanwhile, and `BudgetExceeded`.
         """
-        with transaction(self._db) as db:
+        with self._writing() as db:
             changed = db.execute(
                 "UPDATE sessions SET stage = ?, state = ?, request = ?, answer = ? "
                 "WHERE client = ? AND session = ? AND stage = ?",
@@ -261,12 +264,13 @@ class SiteStore:
                 saved = self.find(before.name, before.session)
                 self._enter(before.name, saved.run_id, charge)
         if after.stage is Stage.REVEALED:
-            # Deleted secrets are overwritten in the file, but older pages stay in its log.
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            with self._told():
+                # Deleted secrets are overwritten in the file, but older pages stay in its log.
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def charge(self, client: str, run_id: str, charge: Charge) -> None:
         """Enter a release outside of a session, before it leaves; or raise `BudgetExceeded`."""
-        with transaction(self._db):
+        with self._writing():
             self._enter(client, run_id, charge)
 
     def check(self, client: str, run_id: str, charge: Charge) -> None:
@@ -279,6 +283,23 @@ class SiteStore:
     def ledger(self, client: str, run_id: str) -> Ledger:
         """All that the client has released in a run."""
         return Ledger(release for owner, release in self._releases(client) if owner == run_id)
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction; raises `ClientFailure` if the disk is full or broken."""
+        with self._told(), transaction(self._db) as db:
+            yield db
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            # The server hears why, but not where.
+            logger.error(
+                "%s: cannot be written: %s; no answer leaves before it is", self._path, error
+            )
+            raise ClientFailure(f"this site's memory cannot be written: {error}") from error
 
     def _enter(self, client: str, run_id: str, charge: Charge) -> None:
         # In the transaction of the entry: of two processes, one sees what the other took.

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -36,6 +36,9 @@ _WARM.set_forkserver_preload(
         "transformers.models.bert.modeling_bert",
         "transformers.models.bert.tokenization_bert",
         "fedtune.cli",
+        "fedtune.deploy.client",
+        "fedtune.deploy.server",
+        "fedtune.deploy.training",
         "fedtune.simulation.api",
         "fedtune.simulation.commands",
         "fedtune.simulation.results",
@@ -161,11 +164,19 @@ class Launcher:
             )
         return self._watch(_Cold(process), out)
 
-    def warm(self, *arguments: str | Path, audit: Audit | None = None) -> Command:
-        """Start the same command in a process that has its imports already."""
+    def warm(
+        self,
+        *arguments: str | Path,
+        audit: Audit | None = None,
+        prepare: Iterable[Callable[[], None]] = (),
+    ) -> Command:
+        """Start the same command in a process that has its imports already.
+
+        Each of `prepare`, a function that can be pickled, is called in that process before.
+        """
         out = self._output()
         words = [str(argument) for argument in arguments]
-        process = _WARM.Process(target=_main, args=(words, self.folder, out, audit))
+        process = _WARM.Process(target=_main, args=(words, self.folder, out, audit, tuple(prepare)))
         process.start()
         # Without its own group it would get no Ctrl-C, or pytest would get it too.
         wait_until(lambda: _is_leader(process.pid), "the process to lead its group")
@@ -175,6 +186,11 @@ class Launcher:
         """Start a warm command and wait for its end; exit code and command."""
         command = self.warm(*arguments, audit=audit)
         return command.wait(), command
+
+    @property
+    def commands(self) -> list[Command]:
+        """All that were started, ended ones too."""
+        return list(self._started)
 
     def end_all(self) -> None:
         for command in self._started:
@@ -232,7 +248,13 @@ def _writes(flags: object) -> bool:
     return isinstance(flags, int) and bool(flags & _WRITE_FLAGS)
 
 
-def _main(arguments: list[str], cwd: Path, out: Path, audit: Audit | None) -> None:
+def _main(
+    arguments: list[str],
+    cwd: Path,
+    out: Path,
+    audit: Audit | None,
+    prepare: tuple[Callable[[], None], ...],
+) -> None:
     """In the warm process: become a command of its own and run the command line."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         file = os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -243,6 +265,8 @@ def _main(arguments: list[str], cwd: Path, out: Path, audit: Audit | None) -> No
     os.setsid()
     if audit:
         _install(audit)
+    for change in prepare:
+        change()
     from fedtune.cli import main
 
     sys.argv = ["fedtune", *arguments]

@@ -6,22 +6,19 @@ import datetime
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from deployed import SITES, Federation, port_is_free
 from e2e_helpers import (
     Command,
-    Launcher,
     adapter_bytes,
     read_metrics,
     read_summary,
@@ -30,156 +27,20 @@ from e2e_helpers import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from fedtune.deploy.keys import make_roster, make_server_keys, make_site_keys
-from fedtune.deploy.site_files import CLIENT_TEMPLATE
+from fedtune.deploy.keys import make_roster, make_server_keys
 from fedtune.secagg.keys import SERVER
-
-SITES = ("clinic-0", "clinic-1", "clinic-2")
-
-
-class Federation:
-    """The files of a federation, and its processes."""
-
-    def __init__(self, folder: Path, launcher: Launcher, base: Path, data: Path) -> None:
-        self.folder, self._launch = folder, launcher
-        self.port, self.status_port = _free_port(), _free_port()
-        labels = sorted(
-            {
-                json.loads(line)["label"]
-                for file in data.glob("*/train.jsonl")
-                for line in file.read_text().splitlines()
-            }
-        )
-        federation = {
-            "base": {"path": str(base), "max-length": 32},
-            "data": {"labels": labels},
-            "train": {"steps": 6, "lr": 0.02},
-            "rounds": {"count": 3},
-            "update": {"clip": 20.0, "bits": 16},
-            "secagg": {"enabled": True, "stage-timeout": 30.0},
-        }
-        (folder / "federation.toml").write_text(tomli_w.dumps(federation))
-        server = {"host": "127.0.0.1", "port": self.port, "test": "test.jsonl"}
-        server["status"] = f"127.0.0.1:{self.status_port}"
-        (folder / "server.toml").write_text(tomli_w.dumps({"server": server}))
-        (folder / "sites").mkdir()
-        for place in (folder, folder / "sites"):  # for the server, and for a simulation
-            shutil.copy(data / "test.jsonl", place)
-        make_server_keys(folder / "server-keys", ["localhost", "127.0.0.1"])
-        public = [self.make_site(name, data / name / "train.jsonl") for name in SITES]
-        self.roster = make_roster(folder / "roster.toml", folder / "server-keys", public)
-
-    def make_site(self, name: str, train: Path) -> Path:
-        """A site's folder; its public file."""
-        site = self.folder / "sites" / name
-        site.mkdir(parents=True)
-        shutil.copy(train, site / "train.jsonl")
-        text = CLIENT_TEMPLATE.format(
-            name=name,
-            server=f"127.0.0.1:{self.port}",
-            federation="../../federation.toml",
-            roster="../../roster.toml",
-            certificate="../../server-keys/ca.crt",
-        )
-        (site / "client.toml").write_text(text.replace("train.csv", "train.jsonl"))
-        return make_site_keys(site / "keys", name)
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "run"
-
-    def ask(self, path: str) -> httpx.Response | None:
-        """What the server says of itself; None if nobody answers."""
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.status_port}{path}", timeout=10)
-        except httpx.TransportError:
-            return None
-
-    def health(self) -> dict[str, Any]:
-        """`/health`; empty if nobody answers."""
-        answer = self.ask("/health")
-        said: dict[str, Any] = answer.json() if answer else {}
-        return said
-
-    def server(self) -> Command:
-        return self._launch.warm("server", self.folder / "federation.toml")
-
-    def audit(self, name: str) -> Path:
-        """The audit log of a site, or of the server."""
-        folder = self.run if name == SERVER else self.folder / "sites" / name
-        return folder / "audit.jsonl"
-
-    def verify(self, name: str, *more: str) -> tuple[int, Command]:
-        """What `fedtune audit verify` says of a log."""
-        roster = self.folder / "roster.toml"
-        options = ("--roster", roster, "--name", name, *more)
-        return self._launch.run("audit", "verify", self.audit(name), *options)
-
-    def compare(self, name: str) -> dict[str, Any]:
-        """What `fedtune audit compare` says of the server's log and that of a site."""
-        logs = self.audit(SERVER), self.audit(name)
-        roster = self.folder / "roster.toml"
-        _, command = self._launch.run("audit", "compare", *logs, "--roster", roster, "--json")
-        found = json.loads(command.stdout)
-        return {key: found[key] for key in ("counted", "agree")}
-
-    def verified(self, name: str) -> list[tuple[str, dict[str, Any]]]:
-        """Events and details of a log that is sound."""
-        code, command = self.verify(name)
-        assert code == 0, command.stderr
-        entries = [json.loads(line) for line in self.audit(name).read_text().splitlines()]
-        return [(entry["event"], entry["details"]) for entry in entries]
-
-    def client(self, name: str) -> Command:
-        return self._launch.cold("client", self.folder / "sites" / name / "client.toml", "--once")
-
-
-def _free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        port: int = door.getsockname()[1]
-    return port
-
-
-@pytest.fixture(scope="module")
-def make_federation(
-    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, client_folders: Path
-) -> Iterator[Callable[[], Federation]]:
-    launchers: list[Launcher] = []
-
-    def make() -> Federation:
-        folder = tmp_path_factory.mktemp("federation")
-        launchers.append(Launcher(folder, tmp_path_factory.mktemp("outputs")))
-        return Federation(folder, launchers[-1], tiny_base, client_folders)
-
-    yield make
-    for launcher in launchers:
-        launcher.end_all()
 
 
 @pytest.fixture(scope="module")
 def simulated(
-    make_federation: Callable[[], Federation], tmp_path_factory: pytest.TempPathFactory
+    make_federation: Callable[..., Federation], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The same federation, simulated on this machine."""
-    federation = make_federation()
-    folder = tmp_path_factory.mktemp("simulated")
-    launcher = Launcher(folder, tmp_path_factory.mktemp("outputs"))
-    code, command = launcher.run(
-        "simulate",
-        "--config",
-        federation.folder / "federation.toml",
-        "--data",
-        federation.folder / "sites",
-        "--out",
-        folder / "run",
-    )
-    assert code == 0, command.stderr
-    return folder / "run"
+    return make_federation().simulate(tmp_path_factory.mktemp("simulated"))
 
 
 def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
-    make_federation: Callable[[], Federation], simulated: Path
+    make_federation: Callable[..., Federation], simulated: Path
 ) -> None:
     """Over sockets and TLS, in eight processes, bit for bit; two sites end in between."""
     federation = make_federation()
@@ -297,7 +158,7 @@ def _unexpected(text: str) -> list[str]:
 
 
 def test_a_server_that_is_killed_goes_on(
-    make_federation: Callable[[], Federation], simulated: Path
+    make_federation: Callable[..., Federation], simulated: Path
 ) -> None:
     """Once before anything was committed, once in the middle of the second round."""
     federation = make_federation()
@@ -306,7 +167,7 @@ def test_a_server_that_is_killed_goes_on(
     for moment in ("round 1: trained", "round 2: trained"):
         wait_until(lambda m=moment: m in clients[0].stderr, moment)
         server.kill()
-        wait_until(lambda: _port_is_free(federation.port), "Flower's process to end too")
+        wait_until(lambda: port_is_free(federation.port), "Flower's process to end too")
         server = federation.server()
     assert server.wait() == 0, server.stderr
     for client in clients:
@@ -321,7 +182,7 @@ def test_a_server_that_is_killed_goes_on(
 
 
 def test_who_comes_and_goes_is_told_and_so_is_the_end_of_the_network(
-    make_federation: Callable[[], Federation],
+    make_federation: Callable[..., Federation],
 ) -> None:
     federation = make_federation()
     server = federation.server()
@@ -355,17 +216,7 @@ def test_who_comes_and_goes_is_told_and_so_is_the_end_of_the_network(
     assert "Traceback" not in server.stderr
 
 
-def _port_is_free(port: int) -> bool:
-    with socket.socket() as door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            door.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def test_who_is_not_let_in_is_told_why(make_federation: Callable[[], Federation]) -> None:
+def test_who_is_not_let_in_is_told_why(make_federation: Callable[..., Federation]) -> None:
     federation = make_federation()
     folder = federation.folder
     train = folder / "sites" / "clinic-0" / "train.jsonl"
@@ -381,14 +232,14 @@ def test_who_is_not_let_in_is_told_why(make_federation: Callable[[], Federation]
     guest = federation.make_site("clinic-9", train)
     site = folder / "sites" / "clinic-9"
     make_roster(site / "roster.toml", folder / "server-keys", [*public, guest])
-    _edit(site / "client.toml", "../../roster.toml", "roster.toml")
+    _edit(site / "client.toml", str(folder / "roster.toml"), "roster.toml")
 
     # Another authority vouches for the server, or the right one did until yesterday.
     make_server_keys(folder / "other-keys", ["localhost", "127.0.0.1"])
     _edit(
         folder / "sites" / "clinic-0" / "client.toml",
-        "../../server-keys/ca.crt",
-        "../../other-keys/ca.crt",
+        str(folder / "server-keys" / "ca.crt"),
+        str(folder / "other-keys" / "ca.crt"),
     )
     server = federation.server()
     wait_until(lambda: "listening at" in server.stderr, "the server to listen")
@@ -432,8 +283,8 @@ def test_who_is_not_let_in_is_told_why(make_federation: Callable[[], Federation]
     _expire(folder / "server-keys")
     _edit(
         folder / "sites" / "clinic-0" / "client.toml",
-        "../../other-keys/ca.crt",
-        "../../server-keys/ca.crt",
+        str(folder / "other-keys" / "ca.crt"),
+        str(folder / "server-keys" / "ca.crt"),
     )
     server = federation.server()
     wait_until(lambda: "listening at" in server.stderr, "the server to listen again")
@@ -474,7 +325,7 @@ def _expire(keys: Path) -> None:
 
 
 def test_a_key_that_others_can_read_is_not_used(
-    make_federation: Callable[[], Federation],
+    make_federation: Callable[..., Federation],
 ) -> None:
     federation = make_federation()
     key = federation.folder / "sites" / "clinic-0" / "keys" / "identity.key"

@@ -39,7 +39,7 @@ from fedtune.errors import (
     TrainingError,
 )
 from fedtune.flower import fleet_grid
-from fedtune.flower.envelope import reply, unwrap, wrap
+from fedtune.flower.envelope import FAREWELL, reply, unwrap, wrap
 from fedtune.flower.fleet_grid import FleetGrid
 from fedtune.flower.network import NodeConnection
 from fedtune.flower.runtime import RunTicket
@@ -72,11 +72,16 @@ class Network:
             self.folder / "superlink.log",
         )
 
-    def connection(self, name: str, largest: int = 20_000_000, port: int = 0) -> NodeConnection:
+    def connection(
+        self,
+        name: str,
+        largest: int = 20_000_000,
+        port: int = 0,
+        kind: type[NodeConnection] = NodeConnection,
+    ) -> NodeConnection:
         authority = (self.folder / "server" / AUTHORITY).read_bytes()
         transport = read_site_keys(self.folder / name, name).transport
-        address = f"127.0.0.1:{port or self.link.port}"
-        return NodeConnection(address, authority, transport, largest, lambda _done, _total: None)
+        return kind(f"127.0.0.1:{port or self.link.port}", authority, transport, largest)
 
     def site(self, name: str, change: Callable[[bytes], bytes], silent: int = 0) -> Any:
         """A process that answers with the changed payload, to all but the first `silent`."""
@@ -507,6 +512,31 @@ def test_half_an_answer_keeps_nobody_waiting(network: Network) -> None:
     assert list(waiting) == []
     assert 2.5 < time.monotonic() - started < 10
     thread.join()
+
+
+def test_a_site_that_has_heard_that_the_run_is_over_ends_without_the_server(
+    network: Network,
+) -> None:
+    link = network.link._process.pid
+
+    class Cut(NodeConnection):
+        def push(self, answer: Message, seconds: float) -> None:
+            os.kill(link, signal.SIGKILL)
+            super().push(answer, seconds)
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        connection = network.connection("a", kind=Cut)
+        os._exit(_Site(connection, _Worker(), True, print, "the server").run())
+
+    process = _FORK.Process(target=work, daemon=True)
+    process.start()
+    network._sites.append(process)
+    network.wait(lambda: len(network.grid.activations()) == 1)
+    [node] = network.grid.activations()
+    network.grid.push_messages([Message(wrap(b"3 rounds"), node, FAREWELL)])
+    process.join(DEADLINE)
+    assert process.exitcode == 0
 
 
 def test_old_versions_of_tls_are_refused(network: Network) -> None:

@@ -17,7 +17,13 @@ import numpy as np
 import pytest
 from unit.round.masked_run import CLIENT_UNIT, MASKED, RECORD_UNIT, STAGES
 
-from fedtune.errors import BudgetExceeded, ProtocolViolation, RunFolderError, WireError
+from fedtune.errors import (
+    BudgetExceeded,
+    ClientFailure,
+    ProtocolViolation,
+    RunFolderError,
+    WireError,
+)
 from fedtune.privacy.accountant import ClientRelease, Ledger, RecordRelease
 from fedtune.records import RoundRecord
 from fedtune.round.journal import Journal
@@ -199,6 +205,22 @@ def test_a_charge_that_is_too_much_leaves_the_session_as_it_was(store):
         )
     assert store.find("a", _session(1, 1).digest).state.stage is Stage.ADVERTISED
     assert store.ledger("a", "run").releases == ()
+
+
+def test_a_full_disk_is_told_and_leaves_the_session_as_it_was(store):
+    state = _begin(store, _session(1, 1))
+    larger = replace(state, stage=Stage.SHARED, own_shares=bytes(200_000))
+    [pages] = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")  # the same error as of a full disk
+    for _ in range(2):
+        with pytest.raises(ClientFailure, match="cannot be written: database or disk is full"):
+            store.advance(state, larger, Answer(b"r" * 32, b"another"), CHARGE)
+    assert store.find("a", _session(1, 1).digest).state == state
+    assert store.answered("a", ANSWER.request) == ANSWER.payload
+    assert store.ledger("a", "run").releases == ()
+    store._db.execute("PRAGMA max_page_count = 100000")
+    store.advance(state, larger, ANSWER, CHARGE)
+    assert store.find("a", _session(1, 1).digest).state == larger
 
 
 def test_only_the_last_session_is_in_the_file(tmp_path):
