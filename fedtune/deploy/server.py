@@ -27,7 +27,7 @@ from fedtune.deploy.keys import (
 from fedtune.deploy.server_audit import ServerAudit
 from fedtune.deploy.superlink import Doors, SuperLinkProcess
 from fedtune.deploy.watch import Connections, make_status, watched
-from fedtune.errors import ConfigError, KeyFileError, ServerUnreachable
+from fedtune.errors import ConfigError, KeyFileError, NetworkError, ServerUnreachable
 from fedtune.flower.fleet_grid import FleetGrid
 from fedtune.flower.internals import take_over_log
 from fedtune.flower.strategy import farewell
@@ -159,7 +159,11 @@ def run_server(path: Path, progress: Progress) -> Outcome:
             progress.note(head)
             status.ended("failed" if outcome.error else "finished", str(outcome.error or ""))
             words = f"{outcome.summary.rounds} rounds, {outcome.summary.status}"
-            farewell(grid, f"{words}; {head}")
+            try:
+                farewell(grid, f"{words}; {head}")
+            except NetworkError as error:
+                # All of it is on the disk; what the sites have not heard changes nothing.
+                progress.note(f"the sites were not told that the run is over: {error}")
             return outcome
 
 

@@ -16,7 +16,7 @@ import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ ADVERTISED, SHARED, MASKED, SIGNED, REVEALED = (
 )
 STAGES = (ADVERTISED, SHARED, MASKED, SIGNED, REVEALED)
 HISTORY_POLL = 0.005
+# What an audit log calls the request that leads to each.
+_REQUESTS = dict(zip(STAGES, ("invite", "cohort", "train", "survivors", "unmasking"), strict=True))
 
 _HISTORY = """
 CREATE TABLE history (
@@ -295,7 +297,7 @@ class Federation:
         """Hold a round open in `stage`: `name` cannot store its answer; the round's number.
 
         Its memory is locked by this process, at a moment when it has stored the stage before and
-        not yet this one.
+        not yet this one. What it says to the stage before is on its way.
         """
         before = STAGES[STAGES.index(stage) - 1]  # of the first it is the last, a round earlier
         deadline = time.monotonic() + 60
@@ -309,9 +311,20 @@ class Federation:
                 assert time.monotonic() < deadline, f"{name} is {found} in round {number}"
                 time.sleep(HISTORY_POLL)
             try:
+                if found:
+                    wait_until(lambda: self._logged(name, number, found), f"{name} to answer")
                 yield number + 1 if stage == ADVERTISED else number
             finally:
                 database.execute("ROLLBACK")
+
+    def _logged(self, name: str, number: int, stage: str) -> bool:
+        """Whether a site's audit log says that it answered; the answer leaves after that."""
+        for line in reversed(self.audit(name).read_text().splitlines()):
+            with suppress(ValueError):  # of a line that is being written
+                about = json.loads(line)["details"]
+                if about.get("round") == number and about.get("request") == _REQUESTS[stage]:
+                    return True
+        return False
 
     def check(self) -> list[dict[str, Any]]:
         """Assert what must hold of every run, at any time; the committed rounds' records."""
