@@ -126,8 +126,10 @@ class SuperLinkProcess:
         assert self._process.stdout is not None  # noqa: S101  # by Popen's arguments
         timer = threading.Timer(START_SECONDS, self._process.kill)
         timer.start()
-        line = self._process.stdout.readline()
-        timer.cancel()
+        try:
+            line = self._process.stdout.readline()
+        finally:  # by a signal, too: the interpreter waits for its threads
+            timer.cancel()
         if not line:
             return {"error": "Flower's SuperLink does not start; see its log"}
         found: dict[str, Any] = json.loads(line)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.base.resolve import digest_base, resolve_base
-from fedtune.config import Config
+from fedtune.config import Base, Config
 from fedtune.data import ClientData, TextExamples
 from fedtune.data.checks import warnings_about
 from fedtune.data.readers import place
@@ -31,7 +31,7 @@ def examine_base(
     """The base model's folder and digest; `accepted` are policy.base-digests."""
     examination.begin("base model")
     advice = "set base.path, or where the base model lies on this machine"
-    return examination.run("base model", lambda: _base(config.base.path, accepted), advice)
+    return examination.run("base model", lambda: _base(config.base, accepted), advice)
 
 
 def examine_rows(
@@ -90,13 +90,16 @@ def look_at_rows(path: Path, config: Config) -> Verdict[TextExamples]:
     return Verdict("ok", text, numbers={"rows": len(rows), **numbers}, value=examples)
 
 
-def _base(name: str, accepted: Sequence[str]) -> Verdict[tuple[Path, str]]:
-    folder = resolve_base(name)
+def _base(base: Base, accepted: Sequence[str]) -> Verdict[tuple[Path, str]]:
+    folder = resolve_base(base.path)
     for file in sorted(folder.glob("*.safetensors")):
         if (fault := _fault(file)) is not None:
             return Verdict("problem", f"{file} is not whole ({fault})", "copy it again")
     digest = digest_base(folder)
     text = f"{folder}, digest {digest}"
+    if base.digest is not None and digest != base.digest:
+        words = f"{text}, but base.digest says {base.digest}"
+        return Verdict("problem", words, "take the agreed base model; ask the operator for it")
     if accepted and digest not in accepted:
         words = f"{text}, which policy.base-digests does not have"
         return Verdict("problem", words, "take the agreed base model; ask the operator for it")

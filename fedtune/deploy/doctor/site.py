@@ -17,7 +17,7 @@ from fedtune.deploy.doctor.network import examine_network
 from fedtune.deploy.doctor.packages import examine_packages
 from fedtune.deploy.keys import Members
 from fedtune.deploy.site_files import SiteFiles
-from fedtune.errors import ConfigError
+from fedtune.errors import BaseModelError, ConfigError
 from fedtune.report import words
 from fedtune.round.policy import check_policy
 
@@ -39,10 +39,18 @@ def examine_site(examination: Examination, path: Path, measured: bool) -> None:
         return
     config, site = files.federation, files.config.site
     data = [files.find(name) for name in (files.config.data.train, files.config.data.test) if name]
-    examine_packages(examination, extras_for(config, data))
+    fetched = _is_fetched(files)
+    # What would bring the base model is not needed where it comes from the server.
+    examine_packages(examination, extras_for(config, data) - ({"example"} if fetched else set()))
     found = examine_site_keys(examination, files)
     examine_network(examination, site.server, found.authority, found.transport)
-    base = examine_base(examination, config, files.config.policy.base_digests)
+    if fetched:
+        examination.begin("base model")
+        advice = "fedtune client fetches it from the server when it starts; or set machine.base"
+        examination.add("base model", Verdict("warning", "it is not on this machine", advice))
+        base = None
+    else:
+        base = examine_base(examination, config, files.config.policy.base_digests)
     if base is not None and found.members is not None:
         members, digest = found.members, base[1]
         examination.run("policy", lambda: _policy(files, members, digest))
@@ -87,6 +95,14 @@ def _read(path: Path) -> Verdict[SiteFiles]:
         return Verdict("problem", str(error), CORRECT)
     text = f"{path} and {files.config.site.federation} say what they must"
     return Verdict("ok", text, value=files)
+
+
+def _is_fetched(files: SiteFiles) -> bool:
+    """Whether the base model is going to come from the server."""
+    try:
+        return files.federation.base.digest is not None and not files.has_base()
+    except BaseModelError:
+        return False  # machine.base names one that is not there
 
 
 def _policy(files: SiteFiles, members: Members, base_digest: str) -> Verdict[None]:

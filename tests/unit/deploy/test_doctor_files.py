@@ -20,6 +20,7 @@ from fedtune.deploy.doctor.data import examine_base, examine_lengths, examine_ro
 from fedtune.deploy.doctor.findings import Examination, Finding, Verdict
 from fedtune.deploy.doctor.keys import examine_server_keys, examine_site_keys
 from fedtune.deploy.doctor.machine import Needs, examine_machine
+from fedtune.deploy.doctor.site import examine_site
 from fedtune.deploy.init import init_rehearsal
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.errors import KeyFileError
@@ -327,3 +328,29 @@ def test_a_check_that_fails_ends_no_other() -> None:
         ("ok", "fine"),
     ]
     assert examination.findings[1].advice == "chmod 600 a.key"
+
+
+def test_a_base_model_that_is_not_the_agreed_one(federation: Path, tmp_path: Path) -> None:
+    digest, other = digest_base(resolve_base(BASE)), tmp_path / "other"
+    shutil.copytree(resolve_base(BASE), other)
+    (other / "vocab.txt").write_text("")
+    examination = Examination()
+    config = load_config(federation / "federation.toml", [f"base.path='{other}'"])
+    assert config.base.digest == digest  # as `fedtune init` wrote it
+    examine_base(examination, config, ())
+    found = only(examination, "base model")
+    assert found.status == "problem"
+    assert f"but base.digest says {digest}" in found.finding
+
+
+def test_a_base_model_that_will_come_from_the_server(federation: Path, site: Path) -> None:
+    edit(federation / "federation.toml", f'"{BASE}"', '"nowhere/at-all/here"')
+    examination = Examination()
+    examine_site(examination, site / "client.toml", measured=False)
+    found = only(examination, "base model")
+    assert (found.status, "fetches it from the server" in found.advice) == ("warning", True)
+    assert only(examination, "length of texts").status == "skipped"
+    edit(site / "client.toml", "# base =", "base =")
+    examination = Examination()
+    examine_site(examination, site / "client.toml", measured=False)
+    assert only(examination, "base model").status == "problem"

@@ -389,9 +389,10 @@ def test_a_site_answers_whatever_it_is_asked(network: Network, tmp_path: Path) -
     assert process.is_alive()
 
 
+@pytest.mark.parametrize("network", [False], indirect=True, ids=["memory"])
 def test_a_large_message_is_in_a_sites_memory_once(network: Network, tmp_path: Path) -> None:
     """The request is let go before the answer comes, and neither is held twice."""
-    size, peaks = 40_000_000, tmp_path / "peaks"
+    size, peaks = 100_000_000, tmp_path / "peaks"
     network.grid._largest = 2 * size
 
     def memory(name: str) -> int:
@@ -461,6 +462,7 @@ class _Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.parametrize("network", [False], indirect=True, ids=["memory"])
 def test_what_got_through_a_broken_line_is_not_sent_again(network: Network) -> None:
     """Each connection is cut after 12 MB; 40 MB go down and up again all the same."""
     size = 40_000_000
