@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,8 +128,8 @@ def _with_digest(text: str) -> str:
         digest = digest_base(resolve_base(path))
     except BaseModelError:
         return text
-    line = f'digest = "{digest}"  # sites that do not have it fetch it from the server'
-    return text.replace("[base]\n", f"[base]\n{line}\n", 1)
+    line = f'digest = "{digest}"  # a site without it fetches it from the server'
+    return re.sub(r"(?m)^(path = .*)$", rf"\1\n{line}", text, count=1)
 
 
 def _make(folder: Path) -> None:
