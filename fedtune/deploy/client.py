@@ -9,13 +9,14 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
 from fedtune.deploy.base_fetch import Say, fetch_base
 from fedtune.deploy.site_files import SiteFiles
-from fedtune.deploy.worker import Worker
+from fedtune.deploy.worker import TRAINING, Worker
 from fedtune.errors import (
     AuditWriteError,
     JobError,
@@ -59,11 +60,14 @@ class _Stopped(BaseException):
     """Someone ends this process."""
 
 
-def run_client(path: Path, once: bool, say: Say) -> int:
-    """Take part until stopped, or with `once` until the run is over; returns the exit code."""
+def run_client(path: Path, once: bool, say: Say, training: Sequence[str] = TRAINING) -> int:
+    """Take part until stopped, or with `once` until the run is over; returns the exit code.
+
+    `training` is the command of the process that trains, which gets `path` as an argument.
+    """
     signal.signal(signal.SIGTERM, _stop)
     try:
-        return _take_part(path, once, say)
+        return _take_part(path, once, say, training)
     except _Stopped:
         say("stopped")
         return 0
@@ -72,7 +76,7 @@ def run_client(path: Path, once: bool, say: Say) -> int:
         return 130
 
 
-def _take_part(path: Path, once: bool, say: Say) -> int:
+def _take_part(path: Path, once: bool, say: Say, training: Sequence[str]) -> int:
     files = SiteFiles.read(path)
     keys, members = files.keys(), files.members()
     certificate = files.find(files.config.site.certificate)
@@ -84,7 +88,7 @@ def _take_part(path: Path, once: bool, say: Say) -> int:
     site = files.config.site
     fetch_base(files, authority, keys.transport, say)
     with ExitStack() as stack:
-        worker = stack.enter_context(Worker(path))
+        worker = stack.enter_context(Worker(path, training))
         say(f"{site.name}: {worker.words}; roster {members.roster.digest.hex()[:16]}")
         transfer = _Transfer(say)
         connection = NodeConnection(

@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
-from fedtune.deploy.machine import make_machine
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.worker import (
     ANSWER,
@@ -28,12 +28,31 @@ from fedtune.deploy.worker import (
     write_frame,
 )
 from fedtune.errors import AuditWriteError, FedtuneError, WireError
+from fedtune.flower.client_app import Machine
 
 logger = logging.getLogger(__name__)
 
 
+class SiteMachine(Machine, Protocol):
+    """What answers at a site."""
+
+    @property
+    def largest_request(self) -> int:
+        """Bytes that no acceptable request exceeds."""
+
+
 def main() -> NoReturn:
     """What the process does: load everything, then answer until its input ends."""
+    from fedtune.deploy.machine import make_machine  # imports torch
+
+    serve(lambda: make_machine(SiteFiles.read(Path(sys.argv[1]))))
+
+
+def serve(make: Callable[[], tuple[SiteMachine, str]]) -> NoReturn:
+    """Answer on the standard output what is asked on the standard input, until that ends.
+
+    `make` gives the machine, and in words what it has loaded.
+    """
     # It ends with its input. A signal to all processes of a terminal or of a service is for the
     # process that started it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -44,7 +63,7 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     threading.Thread(target=end_with, args=(requests.fileno(),), daemon=True).start()
     try:
-        machine, words = make_machine(SiteFiles.read(Path(sys.argv[1])))
+        machine, words = make()
     except FedtuneError as error:
         write_frame(answers, FAILURE, str(error).encode())
         sys.exit(2)

@@ -13,6 +13,7 @@ import select
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
@@ -21,6 +22,7 @@ from fedtune.errors import AuditWriteError, JobError, UsageError, WireError
 
 _HEAD = struct.Struct("<cQ")
 _LARGEST = 1 << 34
+TRAINING = (sys.executable, "-m", "fedtune.deploy.training")
 QUESTIONS = {b"h": "hello", b"c": "converse", b"t": "train", b"e": "evaluate"}
 READY, ANSWER, REFUSAL, FAILURE, CRASH, STOP = b"r", b"a", b"w", b"f", b"x", b"s"
 logger = logging.getLogger(__name__)
@@ -29,14 +31,14 @@ logger = logging.getLogger(__name__)
 class Worker:
     """The training process of a site, seen from the one that talks to the network."""
 
-    def __init__(self, path: Path) -> None:
-        """Start it; raises `UsageError` with what it finds wrong in the site's files."""
-        self._path = path
+    def __init__(self, path: Path, command: Sequence[str] = TRAINING) -> None:
+        """Start `command`; raises `UsageError` with what it finds wrong in the site's files."""
+        self._command = [*command, str(path)]
         self._start()
 
     def _start(self) -> None:
         self._process = subprocess.Popen(  # noqa: S603  # this interpreter, this package
-            [sys.executable, "-m", "fedtune.deploy.training", str(self._path)],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
