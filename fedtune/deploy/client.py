@@ -42,7 +42,7 @@ from fedtune.flower.pieces import PIECE
 from flwr.app import Message, MessageType  # isort: skip
 
 # While a round is on, and when nothing came for some time.
-POLL_SECONDS, IDLE_POLL_SECONDS, BUSY_SECONDS = 0.04, 0.4, 3.0
+POLL_SECONDS, IDLE_POLL_SECONDS, BUSY_SECONDS = 0.06, 0.4, 3.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 PUSH_TRIES = 5
 LONGEST_FAREWELL = 200

@@ -202,11 +202,12 @@ class NodeConnection:
                 self._coming = None
                 raise
             self._coming = None
-            self._client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(
-                    node=self._node, run_id=run_id, message_object_id=head.metadata.message_id
+            if tree.children:
+                self._client.ConfirmMessageReceived(
+                    ConfirmMessageReceivedRequest(
+                        node=self._node, run_id=run_id, message_object_id=head.metadata.message_id
+                    )
                 )
-            )
         internals.become_task(run_id, self._node.node_id)  # the answer is made in its name
         return message
 

@@ -33,7 +33,6 @@ from flwr.supercore.inflatable.inflatable_object import (  # isort: skip
     iterate_object_tree,
 )
 from flwr.supercore.inflatable.inflatable_utils import (  # isort: skip
-    ObjectPushError,
     ObjectUnavailableError,
     inflatable_class_registry,
 )
@@ -55,13 +54,12 @@ class NotThereYet(Exception):
 def parts_of(message: Message) -> tuple[Message, ObjectTree, dict[str, InflatableObject]]:
     """What is sent of a message: its head, the tree of its objects, and the objects.
 
-    The content of a small message goes with its head, and one object stands for all.
+    The content of a small message goes with its head, and there are no objects.
     """
     records = message.content.values() if message.has_content() else ()
     arrays = [a for record in records if isinstance(record, ArrayRecord) for a in record.values()]
     if sum(len(array.data) for array in arrays) <= LARGEST_INLINE:
-        tree = ObjectTree(object_id=message.object_id)
-        return message, tree, {message.object_id: message}
+        return message, ObjectTree(object_id=message.object_id), {}
     head = remove_content_from_message(message)
     return head, get_object_tree(message), get_all_nested_objects(message)
 
@@ -74,19 +72,12 @@ def send_objects(
     tell: Tell,
 ) -> None:
     """Push the `missing` of a message's objects, what they consist of before themselves."""
-    inline = len(objects) == 1
     sent = 0
     for object_id, item in objects.items():
-        if object_id not in missing:
-            continue
-        try:
+        if object_id in missing:
             _patiently(partial(push, object_id, item.deflate()), patience)
-        except ObjectPushError:
-            if not inline:
-                raise
-            # Its message was seen, taken and crossed off already: the content was with the head.
-        sent += 1
-        tell(sent, len(missing))
+            sent += 1
+            tell(sent, len(missing))
 
 
 def whole(

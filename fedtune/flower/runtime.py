@@ -41,6 +41,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (  # isort: skip
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor  # isort: skip
+from flwr.supercore.object_store import NoObjectInStoreError  # isort: skip
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes  # isort: skip
 from flwr.supercore.run import Run  # isort: skip
 from flwr.supercore.runtime import RuntimeHttpClient  # isort: skip
@@ -168,11 +169,12 @@ class RuntimeGrid(HttpGrid):
             # That client has failed, and no other.
             reason = f"an answer that cannot be taken: {type(error).__name__}: {error}"
             answer = make_message(head.metadata, error=Error(CLIENT_REFUSED, reason))
-        self._runtime_client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(
-                node=self.node, run_id=self._run_id, message_object_id=message_id
+        if tree.children:
+            self._runtime_client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(
+                    node=self.node, run_id=self._run_id, message_object_id=message_id
+                )
             )
-        )
         return answer
 
 
@@ -209,6 +211,33 @@ class SuperLink:
             return found
 
         self._state.activate_node = take_over
+        self._keep_small_messages_whole()
+
+    def _keep_small_messages_whole(self) -> None:
+        """Let a message without objects be one: its content is with its head.
+
+        Flower asks for an object of each message, and to hear that it was received: that is half
+        of all requests.
+        """
+        store = self._app.state.linkstate_factory.objectstore_factory.store()
+        register, find = self._state.preregister_object_tree, store.get_object_tree
+
+        def register_objects(tree: ObjectTree, session_id: str) -> list[str]:
+            if tree.children:
+                missing: list[str] = register(tree, session_id)
+                return missing
+            self._state._cleanup_push_session(session_id, cleanup_messages=False)
+            return []
+
+        def find_objects(object_id: str) -> ObjectTree:
+            try:
+                found: ObjectTree = find(object_id)
+            except NoObjectInStoreError:
+                return ObjectTree(object_id=object_id)
+            return found
+
+        self._state.preregister_object_tree = register_objects
+        store.get_object_tree = find_objects
 
     def register(self, clients: Mapping[str, bytes]) -> None:
         """Let clients connect, by name and public key (DER, SubjectPublicKeyInfo)."""
