@@ -11,6 +11,7 @@ import logging
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
@@ -65,7 +66,8 @@ class Worker:
         """End it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # what was not sent yet, to one that has ended
+                    pipe.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
