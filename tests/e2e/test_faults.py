@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
 import subprocess
+import sys
+import termios
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 from deployed import MASKED, SIGNED, SITES, STAGES, Federation
-from e2e_helpers import adapter_bytes, wait_until
+from e2e_helpers import DEADLINE, adapter_bytes, wait_until
 from process_changes import shift_clock, speak_wire_version
+
+from fedtune.deploy.worker import Worker
+from fedtune.errors import JobError, WireError
 
 
 def test_the_server_and_a_site_are_killed_in_every_stage(
@@ -42,6 +49,40 @@ def test_the_server_and_a_site_are_killed_in_every_stage(
     records = federation.check_finished()
     assert all(record["clients"] == list(SITES) for record in records)
     assert adapter_bytes(federation.run) == adapter_bytes(federation.simulate(tmp_path))
+
+
+def test_a_training_process_that_dies_while_it_is_asked(
+    make_federation: Callable[..., Federation],
+) -> None:
+    """Half of a question is in the pipe to it; the next question finds another one."""
+    federation = make_federation()
+    with Worker(federation.site(SITES[0]) / "client.toml") as worker:
+        first, pipe = worker._process.pid, worker._process.stdin
+        assert pipe is not None
+        os.kill(first, signal.SIGSTOP)
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask, worker, b"t", bytes(6000))
+            try:
+                wait_until(lambda: waiting_bytes(pipe.fileno()) > 0, "the pipe to fill")
+            finally:
+                os.kill(first, signal.SIGKILL)
+            with pytest.raises(JobError, match="the training process ended"):
+                asked.result(DEADLINE)
+        with pytest.raises(WireError):
+            ask(worker, b"h", b"not a message")
+        assert worker._process.pid != first
+
+
+def ask(worker: Worker, question: bytes, payload: bytes) -> bytes:
+    worker.ask(question, payload)
+    return worker.answer()
+
+
+def waiting_bytes(pipe: int) -> int:
+    """Bytes that were written to a pipe and not yet read."""
+    found = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
+    return int.from_bytes(found, sys.byteorder)
 
 
 @pytest.fixture
