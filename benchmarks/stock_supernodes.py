@@ -95,7 +95,7 @@ def on_stock(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:
             register = [BIN / "flwr", "supernode", "register", f"{key}.pub", CONNECTION]
             subprocess.run(register, check=True, env=environment, capture_output=True)
             node = [BIN / "flower-supernode", "--superlink", address, *authority]
-            node += ["--auth-supernode-private-key", key]
+            node += ["--auth-supernode-private-key", key, "--port", args.port + 2 + place]
             node += ["--node-config", f"partition-id={place} num-partitions={args.clients}"]
             background(stack, folder / f"node-{place}.log", node)
         time.sleep(10)

@@ -104,20 +104,7 @@ def run_server(path: Path, progress: Progress) -> Outcome:
         ServerAudit(deployment.authority, job, run) as audit,
     ):
         listen, keys = deployment.listen, deployment.find(deployment.listen.keys)
-        # One adapter down for all, and at worst every client's update up at a time.
-        held = job.adapter.manifest.size * 4 * (len(deployment.members.transport) + 1)
-        offered = listen.offer_base and job.config.base.digest is not None
-        base = resolve_base(job.config.base.path) if offered else None
-        doors = Doors(
-            listen.host,
-            listen.port,
-            keys / SERVER_CERTIFICATE,
-            keys / SERVER_KEY,
-            run_path / DATABASE if held > LARGEST_IN_MEMORY else None,
-            run_path / LOG,
-            base,
-            job.base_digest,
-        )
+        doors = _doors(deployment, job, run_path)
         status = make_status(job.config, deployment.members.transport, run.journal)
         with (
             SuperLinkProcess(doors, deployment.members.transport) as link,
@@ -159,12 +146,33 @@ def run_server(path: Path, progress: Progress) -> Outcome:
             progress.note(head)
             status.ended("failed" if outcome.error else "finished", str(outcome.error or ""))
             words = f"{outcome.summary.rounds} rounds, {outcome.summary.status}"
-            try:
-                farewell(grid, f"{words}; {head}")
-            except NetworkError as error:
-                # All of it is on the disk; what the sites have not heard changes nothing.
-                progress.note(f"the sites were not told that the run is over: {error}")
+            _tell_the_end(grid, f"{words}; {head}", progress)
             return outcome
+
+
+def _doors(deployment: Deployment, job: Job, run: Path) -> Doors:
+    listen, keys = deployment.listen, deployment.find(deployment.listen.keys)
+    # One adapter down for all, and at worst every client's update up at a time.
+    held = job.adapter.manifest.size * 4 * (len(deployment.members.transport) + 1)
+    offered = listen.offer_base and job.config.base.digest is not None
+    return Doors(
+        listen.host,
+        listen.port,
+        keys / SERVER_CERTIFICATE,
+        keys / SERVER_KEY,
+        run / DATABASE if held > LARGEST_IN_MEMORY else None,
+        run / LOG,
+        resolve_base(job.config.base.path) if offered else None,
+        job.base_digest,
+    )
+
+
+def _tell_the_end(grid: FleetGrid, words: str, progress: Progress) -> None:
+    try:
+        farewell(grid, words)
+    except NetworkError as error:
+        # All of it is on the disk; what the sites have not heard changes nothing.
+        progress.note(f"the sites were not told that the run is over: {error}")
 
 
 def _open_run(job: Job, path: Path) -> RunFolder:

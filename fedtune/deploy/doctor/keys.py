@@ -26,6 +26,7 @@ from fedtune.deploy.keys import (
     Members,
     check_private,
     public_der,
+    read_certificate,
     read_identity,
     read_private,
     read_roster,
@@ -35,7 +36,6 @@ from fedtune.errors import KeyFileError
 from fedtune.secagg.keys import SERVER
 
 WARN_DAYS = 30
-_LARGEST_FILE = 1 << 20
 _MAKE_KEYS = "see fedtune keys in docs/deployment.md"
 
 
@@ -133,7 +133,7 @@ def _server_roster(path: Path, keys: Path) -> Verdict[Members]:
 
 
 def _authority(path: Path) -> Verdict[x509.Certificate]:
-    certificate = _read_certificate(path)
+    certificate = read_certificate(path)
     try:
         authority = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except (x509.ExtensionNotFound, ValueError):
@@ -149,7 +149,7 @@ def _authority(path: Path) -> Verdict[x509.Certificate]:
 
 def _certificate(keys: Path, authority: x509.Certificate, host: str) -> Verdict[x509.Certificate]:
     path = keys / SERVER_CERTIFICATE
-    certificate, key = _read_certificate(path), read_private(keys / SERVER_KEY)
+    certificate, key = read_certificate(path), read_private(keys / SERVER_KEY)
     public = getattr(key, "public_key", lambda: None)()
     if public != certificate.public_key():
         words = f"{path.name} was made for another key than {SERVER_KEY}"
@@ -186,17 +186,7 @@ def _dates(certificate: x509.Certificate, name: str) -> Verdict[x509.Certificate
     return Verdict("ok", f"{name} is valid for {left:.0f} days", "", numbers, certificate)
 
 
-_RENEW = "the operator makes new ones with fedtune keys server; compare this machine's clock too"
-
-
-def _read_certificate(path: Path) -> x509.Certificate:
-    try:
-        with path.open("rb") as file:
-            return x509.load_pem_x509_certificate(file.read(_LARGEST_FILE))
-    except OSError as error:
-        raise KeyFileError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise KeyFileError(f"{path}: not a certificate in PEM form") from error
+_RENEW = "the operator renews it with fedtune keys certificate; compare this machine's clock too"
 
 
 def _names_of(certificate: x509.Certificate) -> list[str]:
