@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deployed import SITES, Federation
 from e2e_helpers import Command, Launcher, read_metrics, read_summary, tree, wait_until
-from test_deploy import SITES, Federation
 
 from fedtune.config import load_config
 from fedtune.deploy.doctor.traffic import predict_traffic
@@ -75,7 +75,9 @@ def run(
     guest = federation.make_site("clinic-9", client_folders / "clinic-0" / "train.jsonl")
     make_roster(guest.parent.parent / "roster.toml", folder / "server-keys", [*public, guest])
     file = folder / "sites" / "clinic-9" / "client.toml"
-    file.write_text(file.read_text().replace("../../roster.toml", "roster.toml"))
+    text, theirs = file.read_text(), f'"{folder / "roster.toml"}"'
+    assert theirs in text
+    file.write_text(text.replace(theirs, '"roster.toml"'))
 
     untouched = tree(folder)
     server_before = doctor(launcher, folder / "federation.toml")
