@@ -155,6 +155,7 @@ def test_sites_come_go_stall_and_differ(
     # Its training stalls: the round ends without it, and what it sends later is not counted.
     [training] = late.workers()
     with federation.held(restless, MASKED) as stalled:
+        wait_until(lambda: federation.health().get("stage") == "train", "it to be asked")
         os.kill(training, signal.SIGSTOP)
     record = federation.record(stalled)
     os.kill(training, signal.SIGCONT)
@@ -178,6 +179,7 @@ def test_sites_come_go_stall_and_differ(
     # Its training process is killed, and does not start again before its data are back.
     rows = federation.site(restless) / "train.jsonl"
     with federation.held(restless, MASKED) as killed:
+        wait_until(lambda: federation.health().get("stage") == "train", "it to be asked")
         rows.rename(rows.with_suffix(".away"))
         os.kill(training, signal.SIGKILL)
     record = federation.record(killed)
