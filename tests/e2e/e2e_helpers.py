@@ -304,7 +304,7 @@ def wait_until(condition: Callable[[], object], what: str, timeout: float = DEAD
         time.sleep(POLL)
 
 
-def wait_gone(pids: Sequence[int], timeout: float = 10.0) -> None:
+def wait_gone(pids: Sequence[int], timeout: float = 60.0) -> None:
     """Poll until none of the processes runs; one that only waits to be reaped is gone."""
 
     def alive() -> list[int]:

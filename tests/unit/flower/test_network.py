@@ -45,7 +45,7 @@ from fedtune.flower.network import NodeConnection
 from fedtune.flower.runtime import RunTicket
 
 _FORK = multiprocessing.get_context("fork")
-DEADLINE = 30.0
+DEADLINE = 90.0
 
 
 class Network:
@@ -512,7 +512,7 @@ def test_half_an_answer_keeps_nobody_waiting(network: Network) -> None:
     started = time.monotonic()
     assert unwrap(next(waiting)) == b"b?"
     assert list(waiting) == []
-    assert 2.5 < time.monotonic() - started < 10
+    assert 2.5 < time.monotonic() - started < DEADLINE
     thread.join()
 
 
