@@ -12,6 +12,7 @@ from fedtune.deploy.audit_details import agreement, reason_of
 from fedtune.errors import FedtuneError
 from fedtune.flower.observer import Observer
 from fedtune.records import RoundRecord, Summary
+from fedtune.round.federation import epsilon_of_sums
 from fedtune.round.masked import Authority
 from fedtune.simulation.folder import RunFolder
 from fedtune.simulation.job import Job
@@ -107,10 +108,9 @@ class ServerAudit(Observer):
         }
         if record.round == number:  # of earlier rounds the journal keeps no adapter
             details["adapter"] = sha256_hex(state.adapter.astype("<f4").tobytes())
-            privacy = self._job.config.privacy
-            if privacy.unit == "client":  # of unit "record" each site keeps its own account
-                details["epsilon"] = self._run.journal.ledger().epsilon(privacy.delta)
-                details["delta"] = privacy.delta
+            config = self._job.config
+            if (spent := epsilon_of_sums(config, self._run.journal)) is not None:
+                details |= {"epsilon": spent, "delta": config.privacy.delta}
         self._log.append(Event.ROUND_COMMITTED, details)
 
     def _last_round_written(self) -> int:

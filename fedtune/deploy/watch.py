@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fedtune.deploy.status import Status
 from fedtune.deploy.status_server import Answer, StatusServer, health
 from fedtune.deploy.superlink import SuperLinkProcess
 from fedtune.report.progress import Progress
+from fedtune.round.federation import epsilon_of_sums
 from fedtune.round.journal import Journal
 
 
@@ -35,14 +37,14 @@ class Connections:
 
 def make_status(config: Config, clients: Iterable[str], journal: Journal) -> Status:
     """The status of a run that begins, or goes on, with this journal."""
-
-    def epsilon() -> float | None:
-        if config.privacy.unit != "client":
-            return None  # what records spend, each site accounts for itself
-        return journal.ledger().epsilon(config.privacy.delta)
-
     records, patience = journal.records(), config.rounds.timeout
-    return Status(list(clients), config.rounds.count, records, patience, epsilon)
+    return Status(
+        list(clients),
+        config.rounds.count,
+        records,
+        patience,
+        partial(epsilon_of_sums, config, journal),
+    )
 
 
 @contextmanager

@@ -49,6 +49,13 @@ def make_rule(aggregate: Aggregate) -> Rule:
     return MomentumRule(aggregate.server_lr, aggregate.server_momentum)
 
 
+def epsilon_of_sums(config: Config, journal: Journal) -> float | None:
+    """Unit "client": what the sums of this run have spent; None for other units."""
+    if config.privacy.unit != "client":
+        return None  # what records spend, each site accounts for itself
+    return journal.ledger().epsilon(config.privacy.delta)
+
+
 class Federation:
     """Opens rounds and commits them to the journal; goes on where the journal ends."""
 
@@ -182,10 +189,8 @@ class Federation:
 
     @property
     def epsilon(self) -> float | None:
-        """Unit "client": what the sums of this run have spent; None for other units."""
-        if self.config.privacy.unit != "client":
-            return None
-        return self._journal.ledger().epsilon(self.config.privacy.delta)
+        """See `epsilon_of_sums`."""
+        return epsilon_of_sums(self.config, self._journal)
 
     def close_round(self, server_round: ServerRound) -> Float32Vector:
         """The next global adapter, not yet committed; raises `TooFewClients`."""
