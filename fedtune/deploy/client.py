@@ -43,6 +43,7 @@ from flwr.app import Message, MessageType  # isort: skip
 
 # While a round is on, and when nothing came for some time.
 POLL_SECONDS, IDLE_POLL_SECONDS, BUSY_SECONDS = 0.06, 0.4, 3.0
+PAUSE_PER_ANSWER = 4  # in units of the time that the answer took
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 PUSH_TRIES = 5
 LONGEST_FAREWELL = 200
@@ -163,10 +164,13 @@ class _Site:
         heard = time.monotonic()
         try:
             while not self._lost.is_set():
+                asked = time.monotonic()
                 message = self._connection.pull()
                 if message is None:
-                    busy = time.monotonic() - heard < BUSY_SECONDS
-                    time.sleep(POLL_SECONDS if busy else IDLE_POLL_SECONDS)
+                    now = time.monotonic()
+                    pause = POLL_SECONDS if now - heard < BUSY_SECONDS else IDLE_POLL_SECONDS
+                    # A server that is slow to say that there is nothing has too many who ask.
+                    time.sleep(max(pause, PAUSE_PER_ANSWER * (now - asked)))
                     continue
                 self._refusals = 0
                 over = message.metadata.message_type == FAREWELL and self._once
