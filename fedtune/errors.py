@@ -7,6 +7,7 @@
     │   ├── ConfigError       a key, a value or a flag
     │   ├── DataError         a data file, a column, a partition
     │   ├── BaseModelError    a base model folder
+    │   ├── ArtifactError     edge artifacts: missing, damaged, or of another federation
     │   ├── KeyFileError      a key file, certificate or roster
     │   ├── RunFolderError    a run folder that exists, is missing, or is in use
     │   └── AuditLogError     an audit log that is in use, or cannot be gone on with
@@ -54,6 +55,10 @@ class DataError(UsageError):
 
 class BaseModelError(UsageError):
     """A base model folder is missing, broken or not of a supported kind."""
+
+
+class ArtifactError(UsageError):
+    """Edge artifacts are missing, damaged, or of another federation."""
 
 
 class KeyFileError(UsageError):

@@ -48,6 +48,11 @@ class AttachedAdapter:
         self._parameters = list(named.values())
         self.flat = self._flatten()
 
+    def parameter_names(self) -> list[str]:
+        """The module's own names of the adapter's parameters, in manifest order."""
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        return [names[id(p)] for p in self._parameters]
+
     def to(self, device: torch.device) -> None:
         """Move base and adapter to `device`."""
         self.module.to(device)
@@ -90,10 +95,20 @@ class AttachedAdapter:
 
     def zero_grad(self) -> None:
         """Set the gradient to zero in place: the views must stay views."""
-        gradient = self.flat.grad
-        if gradient is None:
+        self._gradient().zero_()
+
+    def read_gradient(self) -> Float32Vector:
+        """A copy of the gradient, float32 `[manifest.size]`."""
+        return self._gradient().cpu().numpy().copy()
+
+    def write_gradient(self, vector: Float32Vector) -> None:
+        """Set the gradient to `vector`, float32 `[manifest.size]`."""
+        self._gradient().copy_(torch.from_numpy(vector))
+
+    def _gradient(self) -> Tensor:
+        if self.flat.grad is None:
             raise RuntimeError("the flat gradient was detached from the adapter")
-        gradient.zero_()
+        return self.flat.grad
 
 
 def attach_lora(module: nn.Module, lora: LoRA, seed: int) -> AttachedAdapter:

@@ -27,10 +27,10 @@ from fedtune.train.task import (
     Rows,
     Task,
     TextClassification,
-    TokenizedTexts,
     class_targets,
     tokenize,
 )
+from fedtune.train.texts import TokenizedTexts
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer, choose_device
 from fedtune.train.trainer import Dataset
 from fedtune.update import make_pipeline

@@ -23,7 +23,7 @@ from fedtune.flower.pool import Failed, Pool, Task
 from fedtune.simulation.job import Job, all_training_rows
 from fedtune.simulation.packing import pack_evaluation, unpack_evaluation
 from fedtune.train.batches import client_rng, dropout_seed, learning_rate, plan_batches
-from fedtune.train.task import TokenizedTexts
+from fedtune.train.texts import TokenizedTexts
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan
 from fedtune.types import Float32Vector
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.nn import functional
 from torch.utils.data import ConcatDataset, default_collate
 
 from fedtune.data import TextExamples
+from fedtune.train.texts import TokenizedTexts, padded
 
 
 class Task(Protocol):
@@ -42,55 +42,12 @@ class Outputs:
     labels: NDArray[np.int64] | None = None
 
 
-_NO_IDS = np.empty(0, np.int32)
-
-
-@dataclass(frozen=True)
-class TokenizedTexts:
-    """Token ids of all texts end to end (int32), where each starts, and labels (int64 `[n]`).
-
-    Flat arrays and no Python objects: forked workers share their pages.
-    """
-
-    ids: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    labels: NDArray[np.int64]
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens per text, int64 `[n]`."""
-        return np.diff(self.starts)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def select(self, rows: NDArray[np.int64]) -> TokenizedTexts:
-        """The texts of these rows."""
-        lengths = self.lengths[rows]
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        ids = [self.ids[self.starts[row] : self.starts[row + 1]] for row in rows]
-        return TokenizedTexts(np.concatenate([_NO_IDS, *ids]), starts, self.labels[rows])
-
-    def concatenate(self, others: Sequence[TokenizedTexts]) -> TokenizedTexts:
-        """These texts and then those of `others`."""
-        parts = [self, *others]
-        lengths = np.concatenate([part.lengths for part in parts])
-        return TokenizedTexts(
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([[0], np.cumsum(lengths)]),
-            np.concatenate([part.labels for part in parts]),
-        )
-
-
 def tokenize(tokenizer: Any, examples: TextExamples, max_length: int) -> TokenizedTexts:
-    """Tokenize once what is trained on every round."""
+    """Tokenize once what is trained on every round; `tokenizer` is one of transformers'."""
     if not len(examples):
-        return TokenizedTexts(_NO_IDS, np.zeros(1, np.int64), examples.labels)
+        return TokenizedTexts.of([], examples.labels)
     rows = tokenizer(list(examples.texts), truncation=True, max_length=max_length)["input_ids"]
-    starts = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=starts[1:])
-    ids = np.fromiter((token for row in rows for token in row), np.int32, int(starts[-1]))
-    return TokenizedTexts(ids, starts, examples.labels)
+    return TokenizedTexts.of(rows, examples.labels)
 
 
 class TextClassification:
@@ -103,16 +60,10 @@ class TextClassification:
         self, data: TokenizedTexts, rows: NDArray[np.int64], device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and mask, int64 `[batch, longest]`, and labels, int64 `[batch]`."""
-        lengths = data.lengths[rows]
-        width = int(lengths.max())
-        ids = np.full((len(rows), width), self._pad_id, np.int64)
-        for line, row, length in zip(ids, rows, lengths, strict=True):
-            start = data.starts[row]
-            line[:length] = data.ids[start : start + length]
-        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
-        arrays = (ids, mask, data.labels[rows])
-        ids_t, mask_t, labels_t = (torch.from_numpy(array).to(device) for array in arrays)
-        return ids_t, mask_t, labels_t
+        ids, mask, labels = (
+            torch.from_numpy(array).to(device) for array in padded(data, rows, self._pad_id)
+        )
+        return ids, mask, labels
 
     def loss(self, module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of the batch."""

@@ -17,8 +17,9 @@ from torch import nn
 from fedtune.adapter.lora import AttachedAdapter
 from fedtune.errors import ConfigError, TrainingError
 from fedtune.privacy.randomness import SecureRandom
-from fedtune.train.private import RecordPrivacy, refuse_batch_statistics, set_private_gradient
+from fedtune.train.private import RecordPrivacy, private_gradient
 from fedtune.train.task import Task
+from fedtune.train.torch_private import example_gradient, refuse_batch_statistics
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
 from fedtune.types import Float32Vector, Manifest
 
@@ -124,14 +125,13 @@ class TorchTrainer:
         if plan.batch_size is None:
             raise ValueError("record-level privacy needs the batch size of the plan")
         random = SecureRandom()
+        gradient = example_gradient(
+            self._adapter, lambda row: self._loss(data, np.array([row])), random
+        )
+        size = self.manifest.size
         for lr in plan.learning_rates:
-            set_private_gradient(
-                self._adapter,
-                lambda row: self._loss(data, np.array([row])),
-                len(data),
-                plan.batch_size,
-                privacy,
-                random,
+            self._adapter.write_gradient(
+                private_gradient(gradient, size, len(data), plan.batch_size, privacy, random)
             )
             _step(optimizer, lr)
 

@@ -22,13 +22,10 @@ from fedtune.data import TextExamples
 from fedtune.errors import ConfigError, TrainingError
 from fedtune.privacy.accountant import sampling_rate
 from fedtune.privacy.randomness import SecureRandom
-from fedtune.train.private import (
-    RecordPrivacy,
-    clipped_sum,
-    poisson_rows,
-    set_private_gradient,
-)
-from fedtune.train.task import CustomTask, Rows, TextClassification, TokenizedTexts, tokenize
+from fedtune.train.private import RecordPrivacy, clipped_sum, poisson_rows, private_gradient
+from fedtune.train.task import CustomTask, Rows, TextClassification, tokenize
+from fedtune.train.texts import TokenizedTexts
+from fedtune.train.torch_private import example_gradient
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
 from fedtune.train.trainer import LocalPlan
 
@@ -109,6 +106,13 @@ def _example_loss(attached: AttachedAdapter, task: Any, data: Any) -> Callable[[
     return lambda row: task.loss(attached.module, task.batch(data, np.array([row]), CPU))
 
 
+def _sum(
+    attached: AttachedAdapter, loss: Callable[[int], Tensor], rows: np.ndarray, clip: float
+) -> np.ndarray:
+    gradient = example_gradient(attached, loss, SecureRandom())
+    return clipped_sum(gradient, attached.manifest.size, rows, clip)
+
+
 def _close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> bool:
     return bool(np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected))
 
@@ -141,7 +145,7 @@ def test_gradients_of_single_texts_are_those_of_a_plain_peft_model(
         for parameter, gradient in zip(ours, gradients, strict=True):
             start = places[parameter.data_ptr()]
             expected[start : start + gradient.numel()] = gradient.reshape(-1).numpy()
-        assert _close(clipped_sum(encoder, loss, np.array([row]), HUGE), expected)
+        assert _close(_sum(encoder, loss, np.array([row]), HUGE), expected)
         assert np.linalg.norm(expected) > 0.01
 
 
@@ -174,8 +178,8 @@ def test_gradients_of_a_users_loss_do_not_depend_on_the_other_examples():
         expected[:, start : start + parameter.numel()] = found[name].reshape(9, -1).numpy()
     loss = _example_loss(attached, CustomTask(_token_mean), data)
     for row in range(9):
-        assert _close(clipped_sum(attached, loss, np.array([row]), HUGE), expected[row])
-    assert _close(clipped_sum(attached, loss, np.arange(9), HUGE), expected.sum(0))
+        assert _close(_sum(attached, loss, np.array([row]), HUGE), expected[row])
+    assert _close(_sum(attached, loss, np.arange(9), HUGE), expected.sum(0))
 
 
 def _opacus_step(
@@ -220,7 +224,7 @@ def test_a_users_module_takes_the_step_of_opacus(clip: float):
 
 def _norm(attached: AttachedAdapter, task: Any, data: Any, row: int) -> float:
     loss = _example_loss(attached, task, data)
-    return float(np.linalg.norm(clipped_sum(attached, loss, np.array([row]), HUGE)))
+    return float(np.linalg.norm(_sum(attached, loss, np.array([row]), HUGE)))
 
 
 def test_texts_take_the_step_of_opacus(fresh_classifier: Fresh, text_data: TokenizedTexts):
@@ -265,14 +269,14 @@ def test_one_example_moves_the_sum_by_at_most_the_clip(clip: float):
     weights = [1.0] * 12 + [1000.0]  # the last one is an outlier
     data = Rows([(x, w, y) for (x, y), w in zip(_rows(13).rows, weights, strict=True)])
     loss = _example_loss(attached, task, data)
-    everyone = clipped_sum(attached, loss, np.arange(13), clip)
+    everyone = _sum(attached, loss, np.arange(13), clip)
     for left_out in range(13):
-        others = clipped_sum(attached, loss, np.delete(np.arange(13), left_out), clip)
+        others = _sum(attached, loss, np.delete(np.arange(13), left_out), clip)
         norm = _norm(attached, task, data, left_out)
         moved = everyone - others
         assert np.linalg.norm(moved) == pytest.approx(min(norm, clip), rel=1e-5)
         # A shorter gradient keeps its direction: the whole vector is scaled, not its tensors.
-        own = clipped_sum(attached, loss, np.array([left_out]), HUGE)
+        own = _sum(attached, loss, np.array([left_out]), HUGE)
         assert _close(moved, own * min(1.0, clip / norm))
     assert _norm(attached, task, data, 12) > 300
 
@@ -286,10 +290,10 @@ def test_the_sum_over_many_rows_is_that_of_single_rows():
         return functional.cross_entropy(module(batch[0]), batch[1])
 
     loss = _example_loss(attached, CustomTask(watching), data)
-    singles = [clipped_sum(attached, loss, np.array([row]), 0.7) for row in range(150)]
+    singles = [_sum(attached, loss, np.array([row]), 0.7) for row in range(150)]
     for stop in (2, 64, 150):
-        assert _close(clipped_sum(attached, loss, np.arange(stop), 0.7), sum(singles[:stop]), 1e-12)
-    assert not clipped_sum(attached, loss, np.arange(0), 0.7).any()
+        assert _close(_sum(attached, loss, np.arange(stop), 0.7), sum(singles[:stop]), 1e-12)
+    assert not _sum(attached, loss, np.arange(0), 0.7).any()
     assert set(sizes) == {1}  # memory does not grow with the draw
 
 
@@ -301,8 +305,8 @@ def test_an_example_without_a_finite_gradient_counts_as_none():
         return factor * module(batch[0]).square().sum()
 
     loss = _example_loss(attached, CustomTask(broken), data)
-    everyone = clipped_sum(attached, loss, np.arange(6), 0.7)
-    assert _close(everyone, clipped_sum(attached, loss, np.arange(4), 0.7), 1e-12)
+    everyone = _sum(attached, loss, np.arange(6), 0.7)
+    assert _close(everyone, _sum(attached, loss, np.arange(4), 0.7), 1e-12)
     result = _trainer(attached, broken, clip=0.7).train(attached.read(), data, _plan(6, lr=0.01))
     assert np.isfinite(result.adapter).all()
 
@@ -370,7 +374,7 @@ def test_the_sum_is_divided_by_the_expected_and_not_by_the_drawn_examples():
 
     start = attached.read()
     loss = _example_loss(attached, CustomTask(recording), data)
-    one = clipped_sum(attached, loss, np.array([0]), HUGE)
+    one = _sum(attached, loss, np.array([0]), HUGE)
     counts = []
     for _ in range(12):
         drawn.clear()
@@ -469,8 +473,9 @@ def test_dropout_of_an_example_does_not_depend_on_those_before_it():
         return out
 
     random, privacy = SecureRandom(), RecordPrivacy(0.0, 1.0)
+    gradient = example_gradient(attached, loss, random)
     for _ in range(2):
-        set_private_gradient(attached, loss, 4, 4, privacy, random)
+        private_gradient(gradient, attached.manifest.size, 4, 4, privacy, random)
     assert len(set(states)) == 8
 
 

@@ -18,10 +18,10 @@ from fedtune.train.task import (
     CustomTask,
     Rows,
     TextClassification,
-    TokenizedTexts,
     class_targets,
     tokenize,
 )
+from fedtune.train.texts import TokenizedTexts
 
 CPU = torch.device("cpu")
 TEXTS = st.lists(st.lists(st.integers(0, 99), max_size=6), min_size=1, max_size=8)

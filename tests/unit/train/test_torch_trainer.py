@@ -18,7 +18,8 @@ from fedtune.config import Train
 from fedtune.data import TextExamples
 from fedtune.errors import ConfigError, TrainingError
 from fedtune.simulation.job import torch_settings
-from fedtune.train.task import TextClassification, TokenizedTexts, tokenize
+from fedtune.train.task import TextClassification, tokenize
+from fedtune.train.texts import TokenizedTexts
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer, choose_device
 from fedtune.train.trainer import LocalPlan
 

@@ -1,0 +1,86 @@
+"""A trainer from artifacts, for one runtime and one precision, within a budget of memory."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from fedtune.edge import artifacts as files
+from fedtune.edge.artifacts import EdgeArtifacts, Memory, Precision
+from fedtune.edge.engines import Engine, StepGraphEngine, TrainingEngine
+from fedtune.edge.runtime import use_little_memory
+from fedtune.edge.trainer import EdgeSettings, EdgeTrainer, ForwardModel, MomentStore
+from fedtune.errors import ConfigError
+from fedtune.types import Manifest
+
+Runtime = Literal["ort", "stepgraph"]
+SHORTEST = 16  # tokens: texts that are cut more say nothing
+logger = logging.getLogger(__name__)
+
+
+def open_engine(
+    runtime: Runtime, folder: Path, manifest: Manifest, threads: int, dropout: bool
+) -> Engine:
+    """The engine of a runtime on the graphs in `folder`; raises `ConfigError`."""
+    if runtime == "ort":
+        graph, checkpoint = folder / files.TRAINING, folder / files.CHECKPOINT
+        return TrainingEngine(graph, checkpoint, manifest, threads, dropout)
+    return StepGraphEngine(folder / files.STEP, manifest, threads, dropout)
+
+
+def check_files(artifacts: EdgeArtifacts, runtime: Runtime, precision: Precision) -> Path:
+    """The folder of a precision, whose files are what they must be; raises `ArtifactError`."""
+    needed = [files.FORWARD, *([files.TRAINING, files.CHECKPOINT] if runtime == "ort" else [])]
+    for name in [*needed, *([files.STEP] if runtime == "stepgraph" else [])]:
+        artifacts.path(f"{precision}/{name}")
+    return artifacts.folder / precision
+
+
+def make_trainer(
+    artifacts: EdgeArtifacts,
+    runtime: Runtime,
+    precision: Precision,
+    threads: int,
+    settings: EdgeSettings,
+    moments: MomentStore | None = None,
+) -> EdgeTrainer:
+    """A trainer whose files were checked; raises `ArtifactError` or `ConfigError`."""
+    found = artifacts.manifest
+    if settings.record_privacy is not None and found.dropout:
+        raise ConfigError(
+            "privacy.unit = record with adapter.dropout: a device cannot draw each example's "
+            "dropout by itself; set adapter.dropout = 0"
+        )
+    use_little_memory()
+    folder = check_files(artifacts, runtime, precision)
+    engine = open_engine(runtime, folder, artifacts.tensors, threads, found.dropout > 0)
+    forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads)
+    return EdgeTrainer(
+        artifacts.tensors, found.base_digest, found.pad_id, engine, forward, settings, moments
+    )
+
+
+def fit(memory: Memory, budget: float, batch_size: int, tokens: int) -> tuple[int, int]:
+    """The most rows and tokens of a micro-batch whose step takes at most `budget` bytes.
+
+    Rows are given up first: the same batch in several passes has the same gradient. Only when one
+    row is too much, texts are cut. Raises `ConfigError` if nothing fits.
+    """
+    for rows in range(batch_size, 0, -1):
+        if memory.peak(rows, tokens) <= budget:
+            return rows, tokens
+    for length in range(tokens - 1, SHORTEST - 1, -1):
+        if memory.peak(1, length) <= budget:
+            logger.warning(
+                "texts are cut to %d tokens instead of %d, to fit into max-memory-mb",
+                length,
+                tokens,
+            )
+            return 1, length
+    least = memory.peak(1, min(SHORTEST, tokens))
+    raise ConfigError(
+        f"one text of {min(SHORTEST, tokens)} tokens takes {least / 2**20:.0f} MiB beside what the "
+        f"process has already, max-memory-mb leaves {max(budget, 0) / 2**20:.0f} MiB; raise it, or "
+        'set precision = "int8"'
+    )

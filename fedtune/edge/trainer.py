@@ -1,0 +1,209 @@
+"""Training on a device: the `Trainer` of clients that have ONNX Runtime and no PyTorch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.edge.engines import Engine, feeds
+from fedtune.edge.optimizer import Moments, Optimizer, clip_norm, make_optimizer
+from fedtune.edge.runtime import open_session
+from fedtune.errors import TrainingError
+from fedtune.privacy.randomness import SecureRandom
+from fedtune.train.private import RecordPrivacy, private_gradient
+from fedtune.train.texts import Batch, TokenizedTexts, padded
+from fedtune.train.trainer import Evaluation, LocalPlan, LocalResult
+from fedtune.types import Float32Vector, Manifest
+
+
+@dataclass(frozen=True)
+class EdgeSettings:
+    """What does not change from round to round; `micro_batch` rows at most go through at once."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    record_privacy: RecordPrivacy | None = None
+    micro_batch: int = 1 << 16
+
+
+class MomentStore(Protocol):
+    """Keeps an optimizer's moments from round to round."""
+
+    def load(self, size: int) -> Moments:
+        """Those of the last round, or zeros."""
+
+    def save(self, moments: Moments) -> None:
+        """Keep these for the next round."""
+
+
+class FreshMoments:
+    """Every round begins with zeros."""
+
+    def load(self, size: int) -> Moments:
+        """Zeros."""
+        return Moments.zeros(size)
+
+    def save(self, moments: Moments) -> None:
+        """Forget them."""
+
+
+class ForwardModel:
+    """The forward graph: logits (float32 `[batch, labels]`) without gradients.
+
+    It is opened when it is first asked: most devices only train.
+    """
+
+    def __init__(self, graph: Path, manifest: Manifest, threads: int) -> None:
+        self._graph, self._manifest, self._threads = graph, manifest, threads
+
+    @cached_property
+    def _session(self) -> Any:
+        return open_session(self._graph, self._threads)
+
+    def logits(self, adapter: Float32Vector, batch: Batch) -> NDArray[np.float32]:
+        """What the model says of a batch's texts; raises `ConfigError` if it does not load."""
+        (logits,) = self._session.run(["logits"], feeds(batch, adapter, self._manifest))
+        found: NDArray[np.float32] = logits
+        return found
+
+
+class EdgeTrainer:
+    """Trains an adapter through an `Engine`, micro-batch by micro-batch."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        base_digest: str,
+        pad_id: int,
+        engine: Engine,
+        forward: ForwardModel,
+        settings: EdgeSettings,
+        moments: MomentStore | None = None,
+    ) -> None:
+        self._manifest, self._base_digest = manifest, base_digest
+        self._pad_id = pad_id
+        self._engine, self._forward = engine, forward
+        self._settings = settings
+        self._moments = moments or FreshMoments()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The adapter's tensors."""
+        return self._manifest
+
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 of the base model of which the artifacts were made."""
+        return self._base_digest
+
+    def train(self, adapter: Float32Vector, data: TokenizedTexts, plan: LocalPlan) -> LocalResult:
+        """Train from `adapter`; raises `TrainingError` if a value is no longer finite.
+
+        With record-level privacy the plan's batches and seed are not used (see
+        `train.private`), and `loss` is None.
+        """
+        started = time.perf_counter()
+        settings = self._settings
+        trained = adapter.copy()
+        moments = self._moments.load(trained.size)
+        optimizer = make_optimizer(settings.optimizer, settings.weight_decay, moments)
+        loss = None
+        if settings.record_privacy is None:
+            loss = self._descend(trained, optimizer, data, plan)
+        else:
+            self._descend_privately(trained, optimizer, data, plan, settings.record_privacy)
+        if not (loss is None or math.isfinite(loss)) or not np.isfinite(trained).all():
+            advice = " or set train.max-grad-norm" if settings.record_privacy is None else ""
+            raise TrainingError(
+                f"the loss or the adapter is no longer finite; lower train.lr{advice}"
+            )
+        self._moments.save(moments)
+        return LocalResult(trained, loss, time.perf_counter() - started)
+
+    def evaluate(self, adapter: Float32Vector, data: TokenizedTexts) -> Evaluation:
+        """Evaluate in micro-batches of similar length."""
+        order = np.argsort(data.lengths, kind="stable")
+        loss_sum = 0.0
+        predictions = np.empty(len(data), np.int64)
+        for rows in _parts(order, self._settings.micro_batch):
+            batch = padded(data, rows, self._pad_id)
+            logits = self._forward.logits(adapter, batch).astype(np.float64)
+            loss_sum += float(cross_entropy(logits, batch.labels).sum())
+            predictions[rows] = logits.argmax(-1)
+        correct = int((predictions == data.labels).sum())
+        # In the order in which they were asked, as a trainer with PyTorch gives them.
+        return Evaluation(len(data), loss_sum, correct, predictions[order], data.labels[order])
+
+    def _descend(
+        self,
+        trained: Float32Vector,
+        optimizer: Optimizer,
+        data: TokenizedTexts,
+        plan: LocalPlan,
+    ) -> float:
+        self._engine.reseed(plan.seed)
+        losses = []
+        for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
+            loss, gradient = self._gradient(trained, data, rows)
+            if self._settings.max_grad_norm is not None:
+                gradient = clip_norm(gradient, self._settings.max_grad_norm)
+            optimizer.step(trained, gradient, lr)
+            losses.append(loss)
+        return float(np.mean(losses))
+
+    def _gradient(
+        self, adapter: Float32Vector, data: TokenizedTexts, rows: NDArray[np.int64]
+    ) -> tuple[float, Float32Vector]:
+        """Mean loss and gradient of a batch, put together of those of its micro-batches."""
+        loss, gradient = 0.0, np.zeros_like(adapter)
+        for part in _parts(rows, self._settings.micro_batch):
+            part_loss, part_gradient = self._engine.gradient(
+                adapter, padded(data, part, self._pad_id)
+            )
+            share = len(part) / len(rows)
+            loss += share * part_loss
+            gradient += np.float32(share) * part_gradient
+        return loss, gradient
+
+    def _descend_privately(
+        self,
+        trained: Float32Vector,
+        optimizer: Optimizer,
+        data: TokenizedTexts,
+        plan: LocalPlan,
+        privacy: RecordPrivacy,
+    ) -> None:
+        if plan.batch_size is None:
+            raise ValueError("record-level privacy needs the batch size of the plan")
+        random = SecureRandom()
+
+        def gradient(row: int) -> Float32Vector:
+            return self._engine.gradient(trained, padded(data, np.array([row]), self._pad_id))[1]
+
+        for lr in plan.learning_rates:
+            found = private_gradient(
+                gradient, trained.size, len(data), plan.batch_size, privacy, random
+            )
+            optimizer.step(trained, found, lr)
+
+
+def cross_entropy(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The loss of each row, float64 `[n]`; `logits` is float64 `[n, classes]`."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    total = np.log(np.exp(shifted).sum(-1))
+    found: NDArray[np.float64] = total - shifted[np.arange(len(labels)), labels]
+    return found
+
+
+def _parts(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
