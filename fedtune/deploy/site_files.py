@@ -69,7 +69,7 @@ class SiteFiles:
                 raise ConfigError(f"{path}: site.{key} is missing")
         machine = config.machine
         own = {
-            "base.path": machine.base,
+            "base.path": machine.base or None,
             "train.device": machine.device,
             "train.threads": machine.threads,
         }

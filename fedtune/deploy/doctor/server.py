@@ -59,7 +59,7 @@ def _read(path: Path) -> Verdict[_Files]:
     folder = path.parent
     try:
         listen = load_server(folder / SETTINGS).server
-        federation = load_config(path, values={"base.path": listen.base})
+        federation = load_config(path, values={"base.path": listen.base or None})
         if not federation.data.labels:
             raise ConfigError(f"{path}: data.labels is missing; name the labels in their order")
     except ConfigError as error:

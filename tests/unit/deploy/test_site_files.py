@@ -62,12 +62,11 @@ def test_where_the_base_model_lies_is_taken_as_it_is(folder: Path, path: str) ->
     assert Deployment.read(folder / "federation.toml").federation.base.path == path
 
 
-def test_what_is_not_said_is_as_the_federation_has_it(folder: Path) -> None:
-    (folder / "server.toml").write_text("")
-    paths = [
-        site(folder).federation.base.path,
-        Deployment.read(folder / "federation.toml").federation.base.path,
-    ]
+@pytest.mark.parametrize("said", [{}, {"base": ""}])
+def test_what_is_not_said_is_as_the_federation_has_it(folder: Path, said: dict[str, str]) -> None:
+    (folder / "server.toml").write_text(tomli_w.dumps({"server": said}))
+    server = Deployment.read(folder / "federation.toml")
+    paths = [site(folder, **said).federation.base.path, server.federation.base.path]
     assert paths == ["all-MiniLM-L6-v2"] * 2
 
 
