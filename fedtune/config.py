@@ -12,6 +12,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
@@ -496,13 +497,18 @@ def load_preset(name: str, overrides: Sequence[str] = (), without: Sequence[str]
     return parse_config(text, f"preset {name}", overrides, without)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """A configuration file with `table.key=value` overrides applied; raises `ConfigError`."""
+def load_config(
+    path: Path, overrides: Sequence[str] = (), values: Mapping[str, object] = MappingProxyType({})
+) -> Config:
+    """A configuration file with `table.key=value` overrides applied; raises `ConfigError`.
+
+    `values` of `table.key` are taken as they are, whatever is in a string; None: the file's own.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    return parse_config(text, str(path), overrides)
+    return parse_config(text, str(path), overrides, values=values)
 
 
 def load_client(path: Path) -> ClientConfig:
@@ -531,7 +537,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_config(
-    text: str, origin: str, overrides: Sequence[str] = (), without: Sequence[str] = ()
+    text: str,
+    origin: str,
+    overrides: Sequence[str] = (),
+    without: Sequence[str] = (),
+    values: Mapping[str, object] = MappingProxyType({}),
 ) -> Config:
     """Configuration from TOML text; `origin` names it in errors. Raises `ConfigError`."""
     try:
@@ -543,6 +553,10 @@ def parse_config(
         value.get(table, {}).pop(name, None)
     for override in overrides:
         _apply(value, override)
+    for key, own in values.items():
+        table, _, name = key.partition(".")
+        if own is not None and isinstance(value.setdefault(table, {}), dict):
+            value[table][name] = own
     return _validate(Config, value, origin)
 
 

@@ -68,8 +68,7 @@ class Deployment:
         """Read federation.toml and what lies beside it; raises `UsageError`."""
         folder = path.parent
         listen = load_server(folder / SETTINGS).server
-        overrides = [f"base.path='{listen.base}'"] if listen.base else []
-        federation = load_config(path, overrides)
+        federation = load_config(path, values={"base.path": listen.base or None})
         if not federation.data.labels:
             raise ConfigError(f"{path}: data.labels is missing; name the labels in their order")
         members = read_roster(folder / listen.roster)

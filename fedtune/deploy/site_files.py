@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedtune.base.resolve import resolve_base
 from fedtune.config import ClientConfig, Config, load_client, load_config
-from fedtune.deploy.keys import Members, SiteKeys, read_roster, read_site_keys
+from fedtune.deploy.keys import Members, SiteKeys, public_der, read_roster, read_site_keys
 from fedtune.errors import BaseModelError, ConfigError, KeyFileError
 
 CLIENT_TEMPLATE = """\
@@ -68,10 +68,12 @@ class SiteFiles:
             if not getattr(config.site, key):
                 raise ConfigError(f"{path}: site.{key} is missing")
         machine = config.machine
-        overrides = [f'train.device="{machine.device}"', f"train.threads={machine.threads}"]
-        if machine.base:
-            overrides.append(f"base.path='{machine.base}'")
-        federation = load_config(path.parent / config.site.federation, overrides)
+        own = {
+            "base.path": machine.base or None,
+            "train.device": machine.device,
+            "train.threads": machine.threads,
+        }
+        federation = load_config(path.parent / config.site.federation, values=own)
         found = cls(path, config, federation)
         digest = federation.base.digest
         if not machine.base and digest and (folder := found.fetched_base(digest)).is_dir():
@@ -118,11 +120,15 @@ class SiteFiles:
 
     def keys(self) -> SiteKeys:
         """This site's private keys; raises `KeyFileError`, also if the roster has others."""
-        found = read_site_keys(self.find(self.config.site.keys), self.config.site.name)
-        listed = self.members().roster.keys[self.config.site.name]
-        if listed != found.identity.public_key:
-            raise KeyFileError(
-                f"{self.config.site.roster}: it has another key for {self.config.site.name} than "
-                f"{self.config.site.keys}"
-            )
+        site, members = self.config.site, self.members()
+        found = read_site_keys(self.find(site.keys), site.name)
+        for kind, listed, own in (
+            ("its identity", members.roster.keys[site.name], found.identity.public_key),
+            ("its transport key", members.transport[site.name], public_der(found.transport)),
+        ):
+            if listed != own:
+                raise KeyFileError(
+                    f"{site.roster}: it has another key for {site.name} than {site.keys} ({kind}); "
+                    "send public.toml to the operator, who makes a new roster"
+                )
         return found

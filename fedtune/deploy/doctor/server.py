@@ -59,8 +59,7 @@ def _read(path: Path) -> Verdict[_Files]:
     folder = path.parent
     try:
         listen = load_server(folder / SETTINGS).server
-        overrides = [f"base.path='{listen.base}'"] if listen.base else []
-        federation = load_config(path, overrides)
+        federation = load_config(path, values={"base.path": listen.base or None})
         if not federation.data.labels:
             raise ConfigError(f"{path}: data.labels is missing; name the labels in their order")
     except ConfigError as error:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
+import json
 import shutil
 import socket
+import ssl
 import threading
+from base64 import b64encode
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 import tomli_w
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from fedtune.base.resolve import digest_base, is_base_file, list_base
+from fedtune.base.resolve import BaseFile, digest_base, digest_files, is_base_file, list_base
 from fedtune.deploy import base_fetch
-from fedtune.deploy.base_fetch import PREFIX, fetch_base
+from fedtune.deploy.base_fetch import LARGEST_LIST, PREFIX, fetch_base
 from fedtune.deploy.keys import (
     AUTHORITY,
     SERVER_CERTIFICATE,
@@ -29,7 +41,7 @@ from fedtune.deploy.keys import (
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.superlink import Doors, SuperLinkProcess
 from fedtune.errors import BaseModelError, ServerRefused
-from fedtune.flower.network import SignedTime, tls_context
+from fedtune.flower.network import HEARTBEAT_SECONDS, SignedTime, tls_context
 
 WEIGHTS = bytes(range(256)) * 12_000  # 3 MB
 
@@ -238,6 +250,128 @@ def test_whoever_is_not_in_the_roster_gets_nothing(server: Server, base: Path) -
         for path in ("/secret.txt", "/../secret.txt", "/%2e%2e%2flog", "/..%2f..%2flog", "/"):
             assert http.get(f"{url}{path}").status_code in (307, 404), path
         assert http.post(url, content=b"").status_code == 405
+
+
+def signed(
+    key: ec.EllipticCurvePrivateKey,
+    owner: ec.EllipticCurvePrivateKey,
+    time: datetime.datetime,
+    said: datetime.datetime | None = None,
+) -> dict[str, str]:
+    """Headers that speak for `owner` and were signed by `key`; another time may be `said`."""
+    signature = sign_message(key, time.isoformat().encode())
+    return {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes(owner.public_key())).decode(),
+        FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
+        TIMESTAMP_HEADER: (said or time).isoformat(),
+    }
+
+
+def test_nobody_speaks_for_a_site_without_its_key(server: Server, base: Path) -> None:
+    """Its public key is known to others, and so may be what it signed some minutes ago."""
+    key = read_site_keys(server.folder / "keys", "a").transport
+    other = ec.generate_private_key(ec.SECP384R1())
+    now = datetime.datetime.now(datetime.UTC)
+    minutes = datetime.timedelta(minutes=1)
+    good = signed(key, key, now)
+    bad = {
+        "another's signature": signed(other, key, now),
+        "of another time": signed(key, key, now - minutes, said=now),
+        "of long ago": signed(key, key, now - 6 * minutes),
+        "of the future": signed(key, key, now + minutes),
+        "no signature": good | {FLEET_HTTP_SIGNATURE_HEADER: ""},
+        "none at all": {},
+        "another's key": signed(other, other, now),
+    }
+    offer = f"{PREFIX}{digest_base(base)}"
+    public = public_key_to_bytes(key.public_key())
+    activate = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_SECONDS)
+    content = {"content-type": "application/protobuf"}
+    authority = (server.folder / "server" / AUTHORITY).read_bytes()
+    address = f"https://127.0.0.1:{server.link.port}"
+
+    def answers(headers: dict[str, str]) -> list[int]:
+        """To what the base model's files are, to one of them, and to being a site."""
+        return [
+            http.get(offer, headers=headers).status_code,
+            http.get(f"{offer}/vocab.txt", headers=headers).status_code,
+            http.post(
+                "/v1/fleet/activate-node",
+                content=activate.SerializeToString(),
+                headers=content | headers,
+            ).status_code,
+        ]
+
+    with httpx.Client(verify=tls_context(authority), base_url=address) as http:
+        assert answers(good) == [200, 200, 200]
+        found = {name: answers(headers) for name, headers in bad.items()}
+    assert found == {name: [401, 401, 401] for name in bad}
+
+
+class Liar:
+    """A server that the site's authority vouches for, and that says whatever it likes."""
+
+    def __init__(self, folder: Path, answers: dict[str, bytes]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()  # no length: it ends when the connection does
+                with suppress(OSError):
+                    self.wfile.write(answers[self.path])
+
+            def log_message(self, *_arguments: object) -> None:
+                pass
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder / SERVER_CERTIFICATE, folder / SERVER_KEY)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> Liar:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def lie(server: Server, files: list[BaseFile], content: bytes = b"", more: bytes = b"") -> str:
+    """Why a site refuses a list of files that has the agreed digest, with that content."""
+    digest = digest_files(files)
+    listed = json.dumps([asdict(file) for file in files]).encode() + more
+    answers = {f"{PREFIX}{digest}": listed}
+    answers |= {f"{PREFIX}{digest}/{file.name}": content for file in files}
+    with Liar(server.folder / "server", answers) as liar:
+        with pytest.raises(ServerRefused) as refused:
+            server.fetch(server.site(digest, liar.port))
+        return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("../keys/identity.key", 4), ("run.py", 4), ("model.safetensors", -1)]
+)
+def test_what_is_no_file_of_a_model_is_not_written(server: Server, name: str, size: int) -> None:
+    """Also where the federation's own configuration has the digest of it."""
+    before = (server.folder / "keys" / "identity.key").read_bytes()
+    content = b"evil"
+    file = BaseFile(name, size, hashlib.sha256(content).hexdigest())
+    assert lie(server, [file], content) == f"{name!r} is no file of a base model"
+    assert not (server.folder / "models").exists()
+    assert (server.folder / "keys" / "identity.key").read_bytes() == before
+
+
+def test_a_file_without_end_does_not_fill_the_disk(server: Server) -> None:
+    content = bytes(5_000_000)
+    file = BaseFile("model.safetensors", 1000, hashlib.sha256(content).hexdigest())
+    assert lie(server, [file], content) == "model.safetensors: longer than the server said"
+    assert sum(path.stat().st_size for path in (server.folder / "models").rglob("*.s*")) <= 1000
+
+
+def test_a_list_without_end_is_not_read(server: Server) -> None:
+    file = BaseFile("model.safetensors", 4, hashlib.sha256(b"good").hexdigest())
+    assert "has no end" in lie(server, [file], b"good", more=b" " * (2 * LARGEST_LIST))
 
 
 def test_a_disk_that_is_too_small_is_told_before(
