@@ -82,6 +82,11 @@ class _Forked:
         os.close(answers)
         self.stdin, self.stdout = os.fdopen(self._requests, "wb"), os.fdopen(self._answers, "rb")
 
+    @property
+    def pid(self) -> int:
+        pid: int = self._process.pid
+        return pid
+
     def poll(self) -> int | None:
         return self._process.exitcode
 
