@@ -46,6 +46,8 @@ from flwr.app import Message, MessageType  # isort: skip
 POLL_SECONDS, IDLE_POLL_SECONDS, BUSY_SECONDS = 0.06, 0.4, 3.0
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 PUSH_TRIES = 5
+# The server looks for answers ten times a second, if it has not to do with a large one.
+SHORTEST_FETCH, FETCH_SECONDS, LONGEST_LEAVE = 0.5, 5.0, 10.0
 LONGEST_FAREWELL = 200
 TELL_SECONDS = 10.0  # between two lines about a message that takes long
 QUESTIONS = {
@@ -103,11 +105,10 @@ def _take_part(path: Path, once: bool, say: Say, training: Sequence[str]) -> int
             stack.callback(connection.close)
             try:
                 return _Site(connection, worker, participation, once, say, site.server).run()
-            except (_Stopped, KeyboardInterrupt):
+            except (NotNow, _Stopped, KeyboardInterrupt) as ended:
                 connection.leave()
-                raise
-            except NotNow:
-                connection.leave()
+                if not isinstance(ended, NotNow):
+                    raise
         participation.wait()
 
 
@@ -142,9 +143,37 @@ class _Site:
         self._once, self._say, self._server = once, say, server
         self._lost = threading.Event()
         self._refusals = 0
+        self._stay_until = 0.0  # what was said last may not be with the server before
 
     def run(self) -> int:
         """Connect, serve, and connect again; raises `NotNow` when it is time to leave."""
+        try:
+            return self._run()
+        except NotNow:
+            with suppress(NetworkError):
+                self._take_leave()
+            raise
+
+    def _take_leave(self) -> None:
+        """Decline what is asked, until the server has what was answered last.
+
+        Of a site that has left, Flower's SuperLink gives no answers any more. And for one to a
+        question that is on its way already the server would wait.
+        """
+        longest = time.monotonic() + LONGEST_LEAVE
+        while time.monotonic() < longest:
+            if (message := self._connection.pull()) is not None:
+                self._decline(message)
+            elif time.monotonic() >= self._stay_until:
+                return
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def _decline(self, message: Message) -> None:
+        self._push(failure(message, CLIENT_REFUSED, NOT_NOW), 0.0, 1)
+        self._stay_until = max(self._stay_until, time.monotonic() + SHORTEST_FETCH)
+
+    def _run(self) -> int:
         pause, told = SHORTEST_PAUSE, ""
         while True:
             self._participation.look()
@@ -212,10 +241,9 @@ class _Site:
             self._connection.leave()
             raise
         except NotNow:
-            # Told so, the others need not wait for what does not come.
+            # Told so, nobody waits for what does not come.
             with suppress(NetworkError):
-                refusal = failure(message, CLIENT_REFUSED, NOT_NOW)
-                self._push(refusal, time.monotonic() - started, 1)
+                self._decline(message)
             raise
         what = f"round {metadata.group_id}: {metadata.message_type}" if metadata.group_id else ""
         if answer.has_error():
@@ -225,6 +253,7 @@ class _Site:
         tries = 1 if metadata.message_type == FAREWELL else PUSH_TRIES
         well = not answer.has_error()
         self._push(answer, time.monotonic() - started, tries)
+        self._stay_until = time.monotonic() + FETCH_SECONDS
         self._participation.answered(well)
 
     def _reply(self, message: Message) -> Message:

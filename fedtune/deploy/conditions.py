@@ -106,7 +106,7 @@ def _memory(least: int, free: int | Unreadable) -> Judgement:
         return _unknown(key, free)
     met = free >= least * 10**6
     limit = f"{'at least' if met else 'below'} {least}"
-    return Judgement(key, met, f"{free // 10**6} MB of memory free, {limit}")
+    return Judgement(key, met, f"{free // 10**6} MB free, {limit}")
 
 
 def _unknown(key: str, found: Unreadable) -> Judgement:
