@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from fedtune.errors import ConfigError
+from fedtune.hours import Window
 from fedtune.types import digest_of
 
 PRESETS = Path(__file__).parent / "presets"
@@ -423,12 +424,45 @@ class Machine(_Table):
     """As `train.threads`."""
 
 
+class Conditions(_Table):
+    """When this machine takes part: while all that is set here holds. Only on Linux."""
+
+    hours: tuple[str, ...] = ()
+    """Local times, of which one must be: `22:00-06:00`, or on some days, by which it begins,
+    `sat,sun 00:00-24:00`. Empty: any."""
+    min_battery: float | None = Field(default=None, ge=0, le=1)
+    """Least charge of the battery, also while it charges; 1 is full. A machine without a battery
+    is on mains, and fulfils this."""
+    mains_only: bool = False
+    """Whether the machine must not run on its battery."""
+    max_load: Positive | None = None
+    """Most load per core, as an average of the last minute, without what the site's own training
+    adds to it."""
+    max_temperature: float | None = Field(default=None, gt=-273.15, allow_inf_nan=False)
+    """Most °C of the hottest thermal zone."""
+    min_free_memory_mb: int | None = Field(default=None, ge=1)
+    """Least memory (in 1,000,000 bytes) that programs could have without swapping; what the site's
+    own training holds counts as free."""
+    sysfs: str = "/sys"
+    """Where the kernel's readings of batteries and temperatures are."""
+
+    @model_validator(mode="after")
+    def _hours_are_windows(self) -> Self:
+        for text in self.hours:
+            try:
+                Window.parse(text)
+            except ValueError as error:
+                raise ValueError(f"conditions.hours: {error}") from error
+        return self
+
+
 class ClientConfig(_Table):
     """One site, as in its client.toml."""
 
     site: Site = Site()
     data: SiteData = SiteData()
     machine: Machine = Machine()
+    conditions: Conditions = Conditions()
     policy: Policy = Policy()
 
 

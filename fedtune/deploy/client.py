@@ -10,11 +10,12 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 
 from fedtune.deploy.base_fetch import Say, fetch_base
+from fedtune.deploy.participation import NOT_NOW, NotNow, Participation
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.worker import TRAINING, Worker
 from fedtune.errors import (
@@ -46,6 +47,8 @@ POLL_SECONDS, IDLE_POLL_SECONDS, BUSY_SECONDS = 0.06, 0.4, 3.0
 PAUSE_PER_ANSWER = 4  # in units of the time that the answer took
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 PUSH_TRIES = 5
+# The server looks for answers ten times a second, if it has not to do with a large one.
+SHORTEST_FETCH, FETCH_SECONDS, LONGEST_LEAVE = 0.5, 5.0, 10.0
 LONGEST_FAREWELL = 200
 TELL_SECONDS = 10.0  # between two lines about a message that takes long
 QUESTIONS = {
@@ -87,20 +90,27 @@ def _take_part(path: Path, once: bool, say: Say, training: Sequence[str]) -> int
         raise KeyFileError(f"{certificate}: cannot be read: {error.strerror}") from error
     take_over_log()
     site = files.config.site
+    participation = Participation(files, say)
+    participation.wait()
     fetch_base(files, authority, keys.transport, say)
-    with ExitStack() as stack:
-        worker = stack.enter_context(Worker(path, training))
-        say(f"{site.name}: {worker.words}; roster {members.roster.digest.hex()[:16]}")
-        transfer = _Transfer(say)
-        connection = NodeConnection(
-            site.server, authority, keys.transport, worker.largest, transfer.tell
-        )
-        stack.callback(connection.close)
-        try:
-            return _Site(connection, worker, once, say, site.server).run()
-        except (_Stopped, KeyboardInterrupt):
-            connection.leave()
-            raise
+    while True:
+        # Who takes no part has no training process: its memory is the owner's.
+        with ExitStack() as stack:
+            with participation.working():
+                worker = stack.enter_context(Worker(path, training))
+            participation.join(worker)
+            say(f"{site.name}: {worker.words}; roster {members.roster.digest.hex()[:16]}")
+            connection = NodeConnection(
+                site.server, authority, keys.transport, worker.largest, _Transfer(say).tell
+            )
+            stack.callback(connection.close)
+            try:
+                return _Site(connection, worker, participation, once, say, site.server).run()
+            except (NotNow, _Stopped, KeyboardInterrupt) as ended:
+                connection.leave()
+                if not isinstance(ended, NotNow):
+                    raise
+        participation.wait()
 
 
 class _Transfer:
@@ -121,17 +131,53 @@ class _Transfer:
 
 class _Site:
     def __init__(
-        self, connection: NodeConnection, worker: Worker, once: bool, say: Say, server: str
+        self,
+        connection: NodeConnection,
+        worker: Worker,
+        participation: Participation,
+        once: bool,
+        say: Say,
+        server: str,
     ) -> None:
         self._connection, self._worker = connection, worker
+        self._participation = participation
         self._once, self._say, self._server = once, say, server
         self._lost = threading.Event()
         self._refusals = 0
+        self._stay_until = 0.0  # what was said last may not be with the server before
 
     def run(self) -> int:
-        """Connect, serve, and connect again."""
+        """Connect, serve, and connect again; raises `NotNow` when it is time to leave."""
+        try:
+            return self._run()
+        except NotNow:
+            with suppress(NetworkError):
+                self._take_leave()
+            raise
+
+    def _take_leave(self) -> None:
+        """Decline what is asked, until the server has what was answered last.
+
+        Of a site that has left, Flower's SuperLink gives no answers any more. And for one to a
+        question that is on its way already the server would wait.
+        """
+        longest = time.monotonic() + LONGEST_LEAVE
+        while time.monotonic() < longest:
+            if (message := self._connection.pull()) is not None:
+                self._decline(message)
+            elif time.monotonic() >= self._stay_until:
+                return
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def _decline(self, message: Message) -> None:
+        self._push(failure(message, CLIENT_REFUSED, NOT_NOW), 0.0, 1)
+        self._stay_until = max(self._stay_until, time.monotonic() + SHORTEST_FETCH)
+
+    def _run(self) -> int:
         pause, told = SHORTEST_PAUSE, ""
         while True:
+            self._participation.look()
             try:
                 self._connection.activate()
             except ServerUnreachable as error:
@@ -164,6 +210,7 @@ class _Site:
         heard = time.monotonic()
         try:
             while not self._lost.is_set():
+                self._participation.look()
                 asked = time.monotonic()
                 message = self._connection.pull()
                 if message is None:
@@ -197,13 +244,21 @@ class _Site:
             # As if killed: the open request comes again, and is answered then.
             self._connection.leave()
             raise
+        except NotNow:
+            # Told so, nobody waits for what does not come.
+            with suppress(NetworkError):
+                self._decline(message)
+            raise
         what = f"round {metadata.group_id}: {metadata.message_type}" if metadata.group_id else ""
         if answer.has_error():
             self._say(f"{what or metadata.message_type} refused: {answer.error.reason}")
         elif metadata.message_type == "train":
             self._say(f"{what}ed in {time.monotonic() - started:.1f} s")
         tries = 1 if metadata.message_type == FAREWELL else PUSH_TRIES
+        well = not answer.has_error()
         self._push(answer, time.monotonic() - started, tries)
+        self._stay_until = time.monotonic() + FETCH_SECONDS
+        self._participation.answered(well)
 
     def _reply(self, message: Message) -> Message:
         kind = message.metadata.message_type
@@ -214,10 +269,13 @@ class _Site:
                 return reply(message, b"")
             if kind not in QUESTIONS:
                 raise WireError(f"not a question for a site: {kind}")
-            self._worker.ask(QUESTIONS[kind], unwrap(message))
-            # The answer is as large, and not both have to be here.
-            message.content.clear()
-            return reply(message, self._worker.answer())
+            self._participation.asked(kind, unwrap(message))
+            with self._participation.working():
+                self._worker.ask(QUESTIONS[kind], unwrap(message))
+                # The answer is as large, and not both have to be here.
+                message.content.clear()
+                answer = self._worker.answer(self._participation.look)
+            return reply(message, answer)
         except WireError as error:
             return failure(message, CLIENT_REFUSED, str(error))
         except JobError as error:

@@ -33,6 +33,15 @@ train = "train.csv"    # columns text and label
 threads = 1
 # base = "/models/base"  # where the base model lies here, if it shall not be fetched
 
+# When this machine takes part: while all that is set here holds. Nothing set: always.
+[conditions]
+# hours = ["22:00-06:00", "sat,sun 00:00-24:00"]  # local time; one of them is enough
+# min-battery = 0.4         # charge; 1 is full
+# mains-only = true         # not on battery
+# max-load = 0.5            # per core, average of a minute, without what our training adds
+# max-temperature = 70      # °C
+# min-free-memory-mb = 1000
+
 # Stronger than anything that a server asks for. What stands here is the default.
 [policy]
 require-masking = true      # the server may see sums only

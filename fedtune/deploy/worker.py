@@ -13,7 +13,7 @@ import select
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
@@ -61,12 +61,22 @@ class Worker:
         with suppress(BrokenPipeError):  # that it has ended is found when the answer is read
             write_frame(self._pipe(self._process.stdin), question, payload)
 
-    def answer(self) -> bytes:
-        """The answer to what was asked.
+    @property
+    def pid(self) -> int:
+        """Of the process as it is now."""
+        return self._process.pid
+
+    def answer(self, meanwhile: Callable[[], None] = lambda: None) -> bytes:
+        """The answer to what was asked; until it is there, `meanwhile` is called every second.
 
         Raises `WireError` if it is refused, `JobError` if there is none, `AuditWriteError` if
-        this site must stop.
+        this site must stop. If `meanwhile` raises anything, all that is left to do is to close.
         """
+        watched = select.poll()
+        # Of an answer nothing is in the pipe's buffer: there is one to each request.
+        watched.register(self._pipe(self._process.stdout), select.POLLIN)
+        while not watched.poll(1000):
+            meanwhile()
         kind, said = self._read()
         if kind == ANSWER:
             return said

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.base.resolve import PACKAGED
-from fedtune.config import Config
+from fedtune.config import Conditions, Config
+from fedtune.deploy.conditions import Judgement, judge
 from fedtune.deploy.doctor.data import examine_base, examine_lengths, examine_rows
 from fedtune.deploy.doctor.findings import Examination, Verdict
 from fedtune.deploy.doctor.keys import examine_site_keys
@@ -16,6 +17,7 @@ from fedtune.deploy.doctor.machine import Needs, examine_machine
 from fedtune.deploy.doctor.network import examine_network
 from fedtune.deploy.doctor.packages import examine_packages
 from fedtune.deploy.keys import Members
+from fedtune.deploy.readings import Reader
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.errors import BaseModelError, ConfigError
 from fedtune.report import words
@@ -69,6 +71,14 @@ def examine_site(examination: Examination, path: Path, measured: bool) -> None:
     examine_machine(
         examination, files.find(site.memory).parent, needs, machine.threads, machine.device
     )
+    examine_conditions(examination, files.config.conditions)
+
+
+def examine_conditions(examination: Examination, conditions: Conditions) -> None:
+    """What is read now for each of a site's conditions, and whether it would take part."""
+    examination.begin("conditions")
+    for found in judge(conditions, Reader(Path(conditions.sysfs)).read()):
+        examination.add(found.key, _judged(found))
 
 
 def extras_for(config: Config, data: Sequence[Path]) -> set[str]:
@@ -95,6 +105,15 @@ def _read(path: Path) -> Verdict[SiteFiles]:
         return Verdict("problem", str(error), CORRECT)
     text = f"{path} and {files.config.site.federation} say what they must"
     return Verdict("ok", text, value=files)
+
+
+def _judged(found: Judgement) -> Verdict[None]:
+    if found.unreadable is not None:
+        advice = "make it readable, or take the key out"
+        return Verdict("problem", str(found.unreadable), advice)
+    if not found.met:
+        return Verdict("warning", found.text, "it takes part when this holds")
+    return Verdict("ok", found.text)
 
 
 def _is_fetched(files: SiteFiles) -> bool:
