@@ -3,7 +3,7 @@
 #
 #   scripts/check_aarch64.sh [--root FOLDER] [--requirements FILE] [--artifacts FOLDER]
 #
-#   --root          where to put the ARM system, 400 MB, to look at it later; a folder that is
+#   --root          where to put the ARM system (about 1 GB) to look at it later; a folder that is
 #                   empty or not there (default: a temporary folder, deleted at the end)
 #   --requirements  what a client needs (default: client/requirements.edge-plain.txt)
 #   --artifacts     edge artifacts for `fedtune edge verify`; without them a small graph is built,
@@ -70,11 +70,11 @@ emulator=$root/emulator # QEMU 10, of Debian 13: the one of Debian 12 shows prog
 packages=$root/packages # what pip installs
 apt=$root/apt
 mkdir -p "$system" "$emulator" "$packages" "$apt"/{lists,archives}/partial
-: >"$root/rows"
+: >"$root/failures"
 failed=0
 
-row() { # LABEL RESULT SECONDS DETAIL
-    printf '%-34s %-6s %7s  %s\n' "$@" >>"$root/rows"
+row() { # LABEL RESULT SECONDS FOUND
+    printf '%-34s %-6s %7s  %s\n' "$@"
 }
 
 check() { # LABEL COMMAND...: a row with what the command prints, or with its last words
@@ -87,17 +87,15 @@ check() { # LABEL COMMAND...: a row with what the command prints, or with its la
         failed=1
         found="$result: $(cat "$root/output" "$root/errors" | grep . | tail -n 1)"
         result=FAILED
-        printf '\n%s\n' "$label" >&2
-        cat "$root/output" "$root/errors" >&2
+        { printf '\n%s\n' "$label" && cat "$root/output" "$root/errors"; } >>"$root/failures"
     fi
     row "$label" "$result" "$((tenths / 10)).$((tenths % 10))" "$found"
     [[ $result == ok ]]
 }
 
 finish() {
-    printf '\n%-34s %-6s %7s  %s\n' check result seconds found
-    cat "$root/rows"
     if ((failed)); then
+        cat "$root/failures" >&2
         printf '\nNot all that is required ran; the messages are above.\n'
     else
         printf '\nAll that is required ran.\n'
@@ -150,9 +148,9 @@ wheels() { # COMMAND VERSION PLATFORM ARGUMENTS...: pip for another machine
 }
 
 install_requirements() {
-    # With pip itself: it can check there what was chosen here, where markers have other values.
-    wheels install 3.11 aarch64 --target "$packages" --requirement "$requirements" pip \
-        >&2 || return
+    wheels install 3.11 aarch64 --target "$packages" --requirement "$requirements" >&2 || return
+    # pip too: it checks there what was chosen here, where environment markers differ.
+    wheels install 3.11 aarch64 --target "$packages" --no-deps pip >&2 || return
     echo "$(find "$packages" -maxdepth 1 -name '*.dist-info' | wc -l) packages"
 }
 
@@ -175,6 +173,7 @@ training_wheel() { # PLATFORM: the wheel of onnxruntime's own training for it, i
     echo "none for CPython 3.8 to 3.12 ($(grep ^ERROR "$root/errors" | tail -n 1))"
 }
 
+row check result seconds found
 check "Debian's packages" debian || finish
 check "Python on ARM" emulated cortex-a53 -c \
     'import platform as p; print("CPython", p.python_version(), p.machine(), *p.libc_ver())' || finish
