@@ -190,7 +190,7 @@ if [[ -n $artifacts ]]; then
     check "wheel of fedtune" install_fedtune || finish
     for processor in "${PROCESSORS[@]}"; do
         check "edge verify, $processor" emulated "$processor" \
-            "$packages/bin/fedtune" edge verify "$artifacts" --json || true
+            -m fedtune.cli edge verify "$artifacts" --json || true
     done
 else
     check "graph built here" "$python" "$repository/scripts/check_aarch64.py" build "$root" || finish
