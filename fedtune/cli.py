@@ -328,6 +328,49 @@ def keys_roster(
     )
 
 
+edge = typer.Typer(help="Artifacts for devices that train without PyTorch.", no_args_is_help=True)
+app.add_typer(edge, name="edge")
+
+
+@edge.command(
+    "build",
+    epilog="Examples:  fedtune edge build my-federation/federation.toml -o artifacts  |  "
+    "fedtune edge build federation.toml -o artifacts --set base.path=/models/base",
+)
+def edge_build(
+    federation: Annotated[Path, typer.Argument(help="The federation's configuration.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")] = Path("artifacts"),
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Set any configuration key."),
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Export base model, adapter and head as training graphs, once, on a workstation."""
+    from fedtune.deploy import edge_commands
+
+    raise typer.Exit(edge_commands.build(federation, out, settings or ()))
+
+
+@edge.command(
+    "verify",
+    epilog="Examples:  fedtune edge verify artifacts  |  "
+    "fedtune edge verify artifacts --digest 5f0c... --json",
+)
+def edge_verify(
+    folder: Annotated[Path, typer.Argument(help="The artifacts.")],
+    digest: Annotated[
+        str | None, typer.Option(help="SHA-256 that `edge build` printed.", show_default="any")
+    ] = None,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Whether this machine computes what PyTorch did: exit code 0 if so, 1 if not."""
+    from fedtune.deploy import edge_commands
+
+    raise typer.Exit(edge_commands.check(folder, digest, as_json))
+
+
 audit = typer.Typer(help="Check the audit logs of a server and of sites.", no_args_is_help=True)
 app.add_typer(audit, name="audit")
 

@@ -422,6 +422,32 @@ class Machine(_Table):
     """As `train.device`."""
     threads: int = Field(default=1, ge=1, le=1024)
     """As `train.threads`."""
+    runtime: Literal["torch", "ort", "stepgraph"] = "torch"
+    """What trains: PyTorch; ONNX Runtime's training build (`fedtune[edge]`); or any ONNX Runtime
+    (`fedtune[edge-plain]`). The last two need artifacts, see `fedtune edge build`."""
+    artifacts: str = "artifacts"
+    """Folder of the artifacts."""
+    artifacts_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of their manifest.json, which `fedtune edge build` prints; it should come on another
+    way than they. Unset: whatever is there, as long as it is whole."""
+    precision: Literal["float32", "int8"] = "float32"
+    """Of the frozen weights, without PyTorch: `int8` takes a quarter of the memory for them."""
+    max_memory_mb: int | None = Field(default=None, ge=1)
+    """Most memory (in 1,000,000 bytes) of the training process, without PyTorch: batches go through
+    in parts, and texts are cut if need be. Unset: whole batches."""
+    moments: str | None = None
+    """File in which AdamW's moments are kept from round to round, without PyTorch. Unset: they
+    start afresh each round."""
+
+    @model_validator(mode="after")
+    def _torch_has_no_artifacts(self) -> Self:
+        for key in ("artifacts_digest", "max_memory_mb", "moments"):
+            if self.runtime == "torch" and getattr(self, key) is not None:
+                name = key.replace("_", "-")
+                raise ValueError(f'machine.{name} is for machine.runtime = "ort" or "stepgraph"')
+        if self.runtime == "torch" and self.precision != "float32":
+            raise ValueError('machine.precision is for machine.runtime = "ort" or "stepgraph"')
+        return self
 
 
 class Conditions(_Table):

@@ -5,24 +5,27 @@ from __future__ import annotations
 import importlib.metadata
 
 from fedtune.audit.entry import Value
+from fedtune.config import Config
 from fedtune.report.words import shortened
 from fedtune.secagg.keys import Roster
-from fedtune.simulation.job import Job
+from fedtune.types import Manifest
 
 # Reasons come from the other side: they are cut, so that nobody makes entries as long as he likes.
 _REASON_WIDTH = 200
 
 
-def agreement(job: Job, roster: Roster) -> dict[str, Value]:
+def agreement(
+    config: Config, base_digest: str, manifest: Manifest, roster: Roster
+) -> dict[str, Value]:
     """What server and sites must agree on, by its SHA-256 (hex), and what it means for privacy."""
     return {
         "version": importlib.metadata.version("fedtune"),
-        "config": job.config.digest,
-        "base": job.base_digest,
-        "manifest": job.adapter.manifest.digest,
+        "config": config.digest,
+        "base": base_digest,
+        "manifest": manifest.digest,
         "roster": roster.digest.hex(),
-        "masked": job.config.secagg.enabled,
-        "privacy-unit": job.config.privacy.unit,
+        "masked": config.secagg.enabled,
+        "privacy-unit": config.privacy.unit,
     }
 
 

@@ -1,19 +1,21 @@
-"""The client's machine of a site, made of its files. Here torch is imported."""
+"""The client's machine of a site, made of its files.
+
+What trains is imported by what the site's `machine.runtime` says: an edge device has no torch.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-
 from fedtune.audit.log import AuditLog
+from fedtune.data import TextExamples
 from fedtune.data.labelled import load_examples
 from fedtune.deploy.site_audit import AuditedMachine
 from fedtune.deploy.site_files import SiteFiles
-from fedtune.errors import KeyFileError
+from fedtune.deploy.site_training import SiteTraining
+from fedtune.errors import ConfigError, KeyFileError
+from fedtune.round.client import ClientMachine
 from fedtune.round.membership import Membership
 from fedtune.round.site import SiteStore
-from fedtune.simulation.job import JobClient, TextModel, job_of_model
-from fedtune.train.torch_trainer import choose_device
+from fedtune.update import make_pipeline
 
 
 def make_machine(files: SiteFiles) -> tuple[AuditedMachine, str]:
@@ -23,30 +25,41 @@ def make_machine(files: SiteFiles) -> tuple[AuditedMachine, str]:
     pinned = site.policy.roster_digest
     if pinned is not None and members.roster.digest.hex() != pinned:
         raise KeyFileError(f"{site.site.roster}: not the roster that policy.roster-digest names")
-    device = choose_device(config.train.device)
-    torch.set_num_threads(config.train.threads)
-    data = config.data
+    training = load_training(files)
+    membership = Membership(
+        site.policy, SiteStore(files.find(site.site.memory)), keys.identity, members.roster
+    )
+    machine = ClientMachine(
+        site.site.name,
+        config,
+        training.trainer,
+        training.train,
+        training.test,
+        make_pipeline(config.update, training.trainer.manifest.size),
+        membership,
+    )
+    log = AuditLog(files.find(site.site.audit), keys.identity)
+    words = f"{len(training.train):,} rows to train on, {training.words}"
+    return AuditedMachine(machine, membership, log), words
+
+
+def load_training(files: SiteFiles) -> SiteTraining:
+    """What trains at this site; raises `UsageError`."""
+    data = files.federation.data
     train, test = (
         load_examples(files.find(name), data.labels, data.text_column, data.label_column)
         if name
         else None
-        for name in (site.data.train, site.data.test)
+        for name in (files.config.data.train, files.config.data.test)
     )
     if train is None:
-        raise KeyFileError(f"{files.path}: data.train is missing")
-    model = TextModel(config, len(data.labels))
-    if device.type != "cpu":
-        model.adapter.to(device)
-    own = JobClient(
-        site.site.name,
-        model.prepare(train),
-        model.prepare(test) if test else None,
-        np.bincount(train.labels, minlength=len(data.labels)),
-    )
-    membership = Membership(
-        site.policy, SiteStore(files.find(site.site.memory)), keys.identity, members.roster
-    )
-    job = job_of_model(config, model, [own], None, data.labels, "this site's own")
-    log = AuditLog(files.find(site.site.audit), keys.identity)
-    machine = AuditedMachine(job.machine(0, membership), job, membership, log)
-    return machine, f"{len(train):,} rows to train on, base model {config.base.path}"
+        raise ConfigError(f"{files.path}: data.train is missing")
+    return _load(files, train, test)
+
+
+def _load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> SiteTraining:
+    if files.config.machine.runtime == "torch":
+        from fedtune.deploy.torch_site import load
+    else:
+        from fedtune.deploy.edge_site import load
+    return load(files, train, test)

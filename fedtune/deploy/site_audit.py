@@ -13,7 +13,6 @@ from fedtune.deploy.audit_details import agreement, reason_of
 from fedtune.errors import BudgetExceeded, PolicyRefusal, WireError
 from fedtune.round.client import ClientMachine
 from fedtune.round.membership import Membership
-from fedtune.simulation.job import Job
 from fedtune.wire import codec
 from fedtune.wire.aggregation import decode_invite
 from fedtune.wire.envelope import Kind, read_envelope
@@ -29,22 +28,20 @@ class AuditedMachine:
     data.
     """
 
-    def __init__(
-        self, machine: ClientMachine, job: Job, membership: Membership, log: AuditLog
-    ) -> None:
+    def __init__(self, machine: ClientMachine, membership: Membership, log: AuditLog) -> None:
         """Say that the site has started, and on which terms."""
         self._machine, self._log = machine, log
-        self._config, self._site = job.config, membership
-        self._adapter_bytes = job.adapter.manifest.size * 4
+        local = machine.local
+        self._config, self._site = local.config, membership
+        self._adapter_bytes = local.adapter_bytes
         self._written = b""  # SHA-256 of the request that the last entry is about
         self._joined = set(membership.store.runs(machine.name))
-        [own] = [client for client in job.clients if client.name == machine.name]
         log.append(
             Event.SITE_STARTED,
             {
-                **agreement(job, membership.roster),
+                **agreement(local.config, local.base_digest, local.manifest, membership.roster),
                 "policy": _lines(membership.policy),
-                "rows": len(own.train),
+                "rows": local.train_examples,
                 "runs": tuple(sorted(self._joined)),
             },
         )

@@ -43,7 +43,7 @@ class SiteMachine(Machine, Protocol):
 
 def main() -> NoReturn:
     """What the process does: load everything, then answer until its input ends."""
-    from fedtune.deploy.machine import make_machine  # imports torch
+    from fedtune.deploy.machine import make_machine
 
     serve(lambda: make_machine(SiteFiles.read(Path(sys.argv[1]))))
 

@@ -9,11 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.utils import canonicalize_name
+
 from fedtune.errors import ConfigError
 
 TRAINING_VERSION = "1.19.2"  # the last one that trains
 _MMAP_THRESHOLD, _LARGE_BLOCK = -3, 1 << 17  # M_MMAP_THRESHOLD of malloc.h; bytes
-_FAMILY = ("onnxruntime", "ort_")
+_FAMILY = ("onnxruntime", "ort-")
 _MODULE = "onnxruntime/__init__.py"
 
 
@@ -26,7 +28,7 @@ def installed_builds() -> dict[str, str]:
         name: distribution.version
         for distribution in metadata.distributions()
         # By name first: the lists of files of all packages are long.
-        if (name := distribution.name.lower().replace("-", "_")).startswith(_FAMILY)
+        if (name := canonicalize_name(distribution.name)).startswith(_FAMILY)
         and any(str(file) == _MODULE for file in distribution.files or ())
     }
 
@@ -35,7 +37,7 @@ def import_runtime() -> Any:
     """The package `onnxruntime`; raises `ConfigError` if there is none, or several in one."""
     builds = installed_builds()
     if len(builds) > 1:
-        names = sorted(name.replace("_", "-") for name in builds)
+        names = sorted(builds)
         raise ConfigError(
             f"{' and '.join(names)} are both installed and overwrite each other's files: "
             f"pip uninstall -y {' '.join(names)}, then install fedtune[edge] or fedtune[edge-plain]"

@@ -20,8 +20,10 @@ from fedtune.errors import TrainingError
 from fedtune.privacy.randomness import SecureRandom
 from fedtune.train.private import RecordPrivacy, private_gradient
 from fedtune.train.texts import Batch, TokenizedTexts, padded
-from fedtune.train.trainer import Evaluation, LocalPlan, LocalResult
+from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
 from fedtune.types import Float32Vector, Manifest
+
+EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class EdgeTrainer:
         """SHA-256 of the base model of which the artifacts were made."""
         return self._base_digest
 
-    def train(self, adapter: Float32Vector, data: TokenizedTexts, plan: LocalPlan) -> LocalResult:
+    def train(self, adapter: Float32Vector, data: Dataset, plan: LocalPlan) -> LocalResult:
         """Train from `adapter`; raises `TrainingError` if a value is no longer finite.
 
         With record-level privacy the plan's batches and seed are not used (see
@@ -117,10 +119,11 @@ class EdgeTrainer:
         moments = self._moments.load(trained.size)
         optimizer = make_optimizer(settings.optimizer, settings.weight_decay, moments)
         loss = None
+        texts = _texts(data)
         if settings.record_privacy is None:
-            loss = self._descend(trained, optimizer, data, plan)
+            loss = self._descend(trained, optimizer, texts, plan)
         else:
-            self._descend_privately(trained, optimizer, data, plan, settings.record_privacy)
+            self._descend_privately(trained, optimizer, texts, plan, settings.record_privacy)
         if not (loss is None or math.isfinite(loss)) or not np.isfinite(trained).all():
             advice = " or set train.max-grad-norm" if settings.record_privacy is None else ""
             raise TrainingError(
@@ -129,19 +132,21 @@ class EdgeTrainer:
         self._moments.save(moments)
         return LocalResult(trained, loss, time.perf_counter() - started)
 
-    def evaluate(self, adapter: Float32Vector, data: TokenizedTexts) -> Evaluation:
+    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
         """Evaluate in micro-batches of similar length."""
-        order = np.argsort(data.lengths, kind="stable")
+        texts = _texts(data)
+        order = np.argsort(texts.lengths, kind="stable")
         loss_sum = 0.0
-        predictions = np.empty(len(data), np.int64)
-        for rows in _parts(order, self._settings.micro_batch):
-            batch = padded(data, rows, self._pad_id)
+        predictions = np.empty(len(texts), np.int64)
+        for rows in _parts(order, min(EVALUATION_BATCH, self._settings.micro_batch)):
+            batch = padded(texts, rows, self._pad_id)
             logits = self._forward.logits(adapter, batch).astype(np.float64)
             loss_sum += float(cross_entropy(logits, batch.labels).sum())
             predictions[rows] = logits.argmax(-1)
-        correct = int((predictions == data.labels).sum())
+        labels = texts.labels[order]
+        correct = int((predictions[order] == labels).sum())
         # In the order in which they were asked, as a trainer with PyTorch gives them.
-        return Evaluation(len(data), loss_sum, correct, predictions[order], data.labels[order])
+        return Evaluation(len(texts), loss_sum, correct, predictions[order], labels)
 
     def _descend(
         self,
@@ -202,6 +207,12 @@ def cross_entropy(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDA
     total = np.log(np.exp(shifted).sum(-1))
     found: NDArray[np.float64] = total - shifted[np.arange(len(labels)), labels]
     return found
+
+
+def _texts(data: Dataset) -> TokenizedTexts:
+    if not isinstance(data, TokenizedTexts):
+        raise TypeError(f"a device trains on texts, not on {type(data).__name__}")
+    return data
 
 
 def _parts(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

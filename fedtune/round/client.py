@@ -46,6 +46,11 @@ class ClientMachine:
         )
 
     @property
+    def local(self) -> LocalWork:
+        """The client's data and trainer."""
+        return self._local
+
+    @property
     def largest_request(self) -> int:
         """Bytes that no acceptable request exceeds."""
         clients = self._membership.roster.clients if self._membership is not None else 0

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedtune.config import Config
 from fedtune.errors import ContextMismatch, MalformedMessage, TrainingError
+from fedtune.round.terms import record_release
 from fedtune.train.batches import (
     client_rng,
     dropout_seed,
@@ -18,11 +19,20 @@ from fedtune.train.batches import (
     plan_batches,
     rounding_rng,
 )
+from fedtune.train.private import RecordPrivacy
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, Trainer
 from fedtune.types import Float32Vector, RoundContext
 
 logger = logging.getLogger(__name__)
 Encoded = TypeVar("Encoded")
+
+
+def record_privacy(config: Config, examples: int) -> RecordPrivacy | None:
+    """How a client with so many examples hides each of them; None where it need not."""
+    if config.privacy.unit != "record":
+        return None
+    noise = record_release(config, examples, 1).noise_multiplier
+    return RecordPrivacy(noise, config.privacy.example_clip)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from fedtune.config import Config, Train
 from fedtune.data import FederatedData, PartitionSpec, TextExamples, load_icd10, load_path
 from fedtune.errors import ConfigError, DataError
 from fedtune.round.client import ClientMachine
+from fedtune.round.local import record_privacy
 from fedtune.round.membership import Membership
-from fedtune.round.terms import make_quantizer, make_terms, record_release
+from fedtune.round.terms import make_quantizer, make_terms
 from fedtune.train.private import RecordPrivacy
 from fedtune.train.task import (
     CustomTask,
@@ -73,11 +74,7 @@ class Job:
 
     def trainer_of(self, place: int) -> TorchTrainer:
         """What the client in `place` trains with, which its number of examples may decide."""
-        if self.config.privacy.unit != "record":
-            return self.trainer()
-        examples = len(self.clients[place].train)
-        noise = record_release(self.config, examples, 1).noise_multiplier
-        return self.trainer(RecordPrivacy(noise, self.config.privacy.example_clip))
+        return self.trainer(record_privacy(self.config, len(self.clients[place].train)))
 
     def machine(self, place: int, membership: Membership | None = None) -> ClientMachine:
         """The client in `place` as the round sees it."""
@@ -209,12 +206,13 @@ class TextModel:
         self.base = BaseModel(config.base.path, config.base.digest)
         module = self.base.classifier(labels, config.base.pooling)
         self.adapter = attach_lora(module, lora_of(config), config.seed)
-        self.task = TextClassification(self.base.tokenizer.pad_token_id or 0)
-        self._max_length = min(config.base.max_length, self.base.max_tokens)
+        self.pad_id = int(self.base.tokenizer.pad_token_id or 0)
+        self.task = TextClassification(self.pad_id)
+        self.max_length = min(config.base.max_length, self.base.max_tokens)
 
     def prepare(self, examples: TextExamples) -> TokenizedTexts:
         """The texts as the trainer takes them."""
-        return tokenize(self.base.tokenizer, examples, self._max_length)
+        return tokenize(self.base.tokenizer, examples, self.max_length)
 
 
 def lora_of(config: Config) -> LoRA:

@@ -356,7 +356,7 @@ def hold(folder: Path) -> None:
                 def ask(payload: bytes) -> bytes:
                     membership = sites.membership(name := NAMES[self._place])
                     with AuditLog(path / f"audit-{name}.jsonl", membership.identity) as log:
-                        site = AuditedMachine(machine(self._place), job, membership, log)
+                        site = AuditedMachine(machine(self._place), membership, log)
                         return getattr(site, question)(payload)
 
                 return ask

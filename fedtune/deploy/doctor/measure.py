@@ -62,30 +62,16 @@ def main() -> None:
 
 
 def _train(path: Path) -> Measured:
-    import torch
-
-    from fedtune.data.labelled import load_examples
+    from fedtune.deploy.machine import load_training
     from fedtune.deploy.site_files import SiteFiles
-    from fedtune.simulation.job import JobClient, TextModel, job_of_model
     from fedtune.train.batches import plan_batches
-    from fedtune.train.torch_trainer import choose_device
     from fedtune.train.trainer import LocalPlan
 
     files = SiteFiles.read(path)
-    config, name = files.federation, files.config.site.name
-    data, train = config.data, config.train
-    device = choose_device(train.device)
-    torch.set_num_threads(train.threads)
-    examples = load_examples(
-        files.find(files.config.data.train), data.labels, data.text_column, data.label_column
-    )
-    model = TextModel(config, len(data.labels))
-    if device.type != "cpu":
-        model.adapter.to(device)
-    rows = model.prepare(examples)
-    own = JobClient(name, rows, None, np.zeros(0, np.int64))
-    trainer = job_of_model(config, model, [own], None, data.labels, "").trainer_of(0)
-    adapter = model.adapter.read()
+    train = files.federation.train
+    site = load_training(files)
+    trainer, rows = site.trainer, site.train
+    adapter = np.zeros(trainer.manifest.size, np.float32)
     longest = np.argsort(-rows.lengths, kind="stable")[: train.batch_size]
     trainer.train(adapter, rows, LocalPlan(iter([longest]), repeat(0.0, 1), 0, train.batch_size))
     steps = min(STEPS, train.steps)

@@ -9,16 +9,14 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.utils import canonicalize_name
 
 from fedtune.deploy.doctor.findings import Examination, Verdict
+from fedtune.edge.runtime import installed_builds
 
 # What trains, aggregates or reports; the packages of developers are nobody's business here.
 EXTRAS = ("torch", "privacy", "report", "parquet", "example")
 # Read out where all is well: a difference in these is the first thing to look at.
 _TOLD = ("fedtune", "torch", "transformers", "peft", "flwr", "numpy", "cryptography", "protobuf")
-_FAMILY = ("onnxruntime", "ort-")
-_ONNX_RUNTIME = "onnxruntime/__init__.py"
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,7 @@ def _python() -> Verdict[None]:
 
 def _onnx_runtime() -> Verdict[None]:
     """All builds of ONNX Runtime write the same files; the one that came last is what runs."""
-    found = {
-        canonicalize_name(distribution.name): distribution.version
-        for distribution in metadata.distributions()
-        # By name first: the lists of files of all packages are long.
-        if canonicalize_name(distribution.name).startswith(_FAMILY)
-        and any(str(file) == _ONNX_RUNTIME for file in distribution.files or ())
-    }
+    found = installed_builds()
     names = sorted(found)
     words = ", ".join(f"{name} {found[name]}" for name in names)
     if len(names) > 1:

@@ -81,7 +81,7 @@ class Audited:
         self.site = self.federation.membership(self.name)
         self.log = AuditLog(self.path, self.site.identity)
         machine = self.federation.machines[self.name]
-        self.machine = AuditedMachine(machine, self.job, self.site, self.log)
+        self.machine = AuditedMachine(machine, self.site, self.log)
         self.federation.machines[self.name] = self.machine
 
     @property

@@ -83,14 +83,15 @@ def test_another_python_is_a_problem(bare: Path) -> None:
     assert "fedtune needs >=3.99" in found.finding
 
 
-def test_two_onnx_runtimes_are_a_problem(site_packages: Path) -> None:
-    install(site_packages, "onnxruntime", "1.31.0", file=ONNX_RUNTIME)
+def test_two_onnx_runtimes_are_a_problem(bare: Path) -> None:
+    install(bare, "fedtune", "0.1.0", "Requires-Python: >=3.11")
+    install(bare, "onnxruntime", "1.31.0", file=ONNX_RUNTIME)
     # Of the same name and family, but it writes nothing there.
-    install(site_packages, "onnxruntime-extensions", "0.14.0", file="onnxruntime_extensions/a.py")
+    install(bare, "onnxruntime-extensions", "0.14.0", file="onnxruntime_extensions/a.py")
     found = only(examined(), "ONNX Runtime")
     assert (found.status, found.finding) == ("ok", "onnxruntime 1.31.0")
 
-    install(site_packages, "onnxruntime-training-cpu", "1.19.2", file=ONNX_RUNTIME)
+    install(bare, "onnxruntime-training-cpu", "1.19.2", file=ONNX_RUNTIME)
     found = only(examined(), "ONNX Runtime")
     assert found.status == "problem"
     assert "onnxruntime 1.31.0, onnxruntime-training-cpu 1.19.2" in found.finding

@@ -1,0 +1,93 @@
+"""A site that trains with ONNX Runtime: no torch, no transformers, no onnx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from fedtune.data import TextExamples
+from fedtune.deploy.site_files import SiteFiles
+from fedtune.deploy.site_training import SiteTraining
+from fedtune.edge.artifacts import EdgeArtifacts
+from fedtune.edge.devices import fit, make_trainer
+from fedtune.edge.optimizer import Moments
+from fedtune.edge.tokens import EdgeTokenizer
+from fedtune.edge.trainer import EdgeSettings, MomentStore
+from fedtune.errors import ConfigError
+from fedtune.files import write_atomic
+from fedtune.resources import resident_memory
+from fedtune.round.local import record_privacy
+
+
+def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> SiteTraining:
+    """A trainer on the site's artifacts; raises `UsageError`."""
+    config, machine = files.federation, files.config.machine
+    if machine.runtime == "torch":
+        raise ValueError("a site that trains with PyTorch has no artifacts")
+    if config.train.precision != "float32":
+        raise ConfigError(
+            f'train.precision = {config.train.precision} needs machine.runtime = "torch"'
+        )
+    artifacts = EdgeArtifacts(files.find(machine.artifacts), machine.artifacts_digest)
+    artifacts.check(config)
+    micro_batch, length = config.train.batch_size, artifacts.manifest.max_length
+    tokenizer = EdgeTokenizer(artifacts, length)
+    rows = tokenizer.prepare(train)
+    if machine.max_memory_mb is not None:
+        memory = artifacts.manifest.memory[f"{machine.runtime}/{machine.precision}"]
+        left = machine.max_memory_mb * 1e6 - resident_memory()
+        longest = int(rows.lengths.max(initial=2))
+        micro_batch, fitting = fit(memory, left, micro_batch, longest)
+        if fitting < longest:
+            tokenizer = EdgeTokenizer(artifacts, fitting)
+            rows = tokenizer.prepare(train)
+    settings = EdgeSettings(
+        config.train.optimizer,
+        config.train.weight_decay,
+        config.train.max_grad_norm,
+        record_privacy(config, len(train)),
+        micro_batch,
+    )
+    moments = MomentFile(files.find(machine.moments)) if machine.moments else None
+    trainer = make_trainer(
+        artifacts, machine.runtime, machine.precision, config.train.threads, settings, moments
+    )
+    parts = f", {micro_batch} at a time" if micro_batch < config.train.batch_size else ""
+    return SiteTraining(
+        trainer,
+        rows,
+        tokenizer.prepare(test) if test else None,
+        f"{machine.runtime} {machine.precision}{parts}, artifacts {artifacts.digest[:16]}",
+    )
+
+
+class MomentFile(MomentStore):
+    """AdamW's moments in a file, from one round to the next and through restarts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self, size: int) -> Moments:
+        """What was kept, or zeros; raises `ConfigError` if it is not of this adapter."""
+        try:
+            found = load_tensors(self._path.read_bytes())
+        except FileNotFoundError:
+            return Moments.zeros(size)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{self._path}: cannot be read: {error}; remove it") from error
+        shapes = {name: (value.shape, value.dtype) for name, value in found.items()}
+        vector = ((size,), np.dtype(np.float32))
+        if shapes != {"first": vector, "second": vector, "steps": ((1,), np.dtype(np.int64))}:
+            raise ConfigError(f"{self._path}: of another adapter; remove it")
+        return Moments(found["first"], found["second"], int(found["steps"][0]))
+
+    def save(self, moments: Moments) -> None:
+        """Keep these; raises `OSError`."""
+        tensors = {"first": moments.first, "second": moments.second}
+        write_atomic(
+            self._path, save_tensors(tensors | {"steps": np.array([moments.steps], np.int64)})
+        )

@@ -1,0 +1,17 @@
+"""What trains at a site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedtune.train.trainer import Dataset, Trainer
+
+
+@dataclass(frozen=True)
+class SiteTraining:
+    """A trainer, the site's rows as it takes them, and in words what was loaded."""
+
+    trainer: Trainer
+    train: Dataset
+    test: Dataset | None
+    words: str

@@ -1,0 +1,29 @@
+"""A site that trains with PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from fedtune.data import TextExamples
+from fedtune.deploy.site_files import SiteFiles
+from fedtune.deploy.site_training import SiteTraining
+from fedtune.round.local import record_privacy
+from fedtune.simulation.job import TextModel, torch_settings
+from fedtune.train.torch_trainer import TorchTrainer, choose_device
+
+
+def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> SiteTraining:
+    """The base model with its adapter, on the site's device; raises `UsageError`."""
+    config = files.federation
+    device = choose_device(config.train.device)
+    torch.set_num_threads(config.train.threads)
+    model = TextModel(config, len(config.data.labels))
+    if device.type != "cpu":
+        model.adapter.to(device)
+    settings = torch_settings(config.train, record_privacy(config, len(train)))
+    return SiteTraining(
+        TorchTrainer(model.adapter, model.task, model.base.digest, settings),
+        model.prepare(train),
+        model.prepare(test) if test else None,
+        f"base model {config.base.path}",
+    )

@@ -1,0 +1,35 @@
+"""Texts as the base model's tokenizer has them, by the library `tokenizers` alone."""
+
+from __future__ import annotations
+
+import os
+
+# Its threads would only wait for each other beside a training process.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tokenizers import Tokenizer
+
+from fedtune.data import TextExamples
+from fedtune.edge import artifacts as files
+from fedtune.edge.artifacts import EdgeArtifacts
+from fedtune.errors import ArtifactError
+from fedtune.train.texts import TokenizedTexts
+
+
+class EdgeTokenizer:
+    """The tokenizer of a base model, which cuts texts to `max_length` tokens."""
+
+    def __init__(self, artifacts: EdgeArtifacts, max_length: int) -> None:
+        """Raises `ArtifactError`."""
+        path = artifacts.path(files.TOKENIZER)
+        try:
+            self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ArtifactError(f"{path}: cannot be read: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length)
+
+    def prepare(self, examples: TextExamples) -> TokenizedTexts:
+        """The texts as the trainer takes them."""
+        found = self._tokenizer.encode_batch(list(examples.texts))
+        return TokenizedTexts.of([one.ids for one in found], examples.labels)
