@@ -85,7 +85,9 @@ check() { # LABEL COMMAND...: a row with what the command prints, or with its la
     found=$(tr -s '[:space:]' ' ' <"$root/output")
     if [[ $result != ok ]]; then
         failed=1
-        found="$result: $(cat "$root/output" "$root/errors" | grep . | tail -n 1)"
+        # Of a crash the emulator tells the signal, and bash then the command.
+        found="$result: $(cat "$root/output" "$root/errors" |
+            grep --invert-match -e '^$' -e "^$0: line " | tail -n 1)"
         result=FAILED
         { printf '\n%s\n' "$label" && cat "$root/output" "$root/errors"; } >>"$root/failures"
     fi
