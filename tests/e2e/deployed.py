@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -407,10 +408,11 @@ def _check_round(record: dict[str, Any], steps: list[Step]) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        port: int = door.getsockname()[1]
-    return port
+    """A port that is free, and that no outgoing connection gets before a server listens there."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)  # Linux gives out those above
+        if port_is_free(port):
+            return port
 
 
 def port_is_free(port: int) -> bool:

@@ -163,7 +163,7 @@ def test_a_server_that_is_killed_goes_on(
     """Once before anything was committed, once in the middle of the second round."""
     federation = make_federation()
     server = federation.server()
-    clients = [federation.client(name) for name in SITES]
+    clients = [federation.warm_client(name) for name in SITES]
     for moment in ("round 1: trained", "round 2: trained"):
         wait_until(lambda m=moment: m in clients[0].stderr, moment)
         server.kill()
@@ -188,7 +188,7 @@ def test_who_comes_and_goes_is_told_and_so_is_the_end_of_the_network(
     server = federation.server()
     wait_until(lambda: federation.health().get("state") == "waiting", "the server to wait")
     assert federation.health()["missing"] == list(SITES)
-    guests = [federation.client(name) for name in SITES[:2]]
+    guests = [federation.warm_client(name) for name in SITES[:2]]
     wait_until(lambda: federation.health()["connected"] == list(SITES[:2]), "two sites")
     workers = [worker for guest in guests for worker in guest.workers()]
     assert len(workers) == 2
@@ -224,7 +224,7 @@ def test_who_is_not_let_in_is_told_why(make_federation: Callable[..., Federation
 
     # Not in the roster that it has: it does not even try.
     federation.make_site("clinic-8", train)
-    stranger = federation.client("clinic-8")
+    stranger = federation.warm_client("clinic-8")
     assert stranger.wait() == 2
     assert "there is no clinic-8 in it" in stranger.stderr
 
@@ -243,7 +243,7 @@ def test_who_is_not_let_in_is_told_why(make_federation: Callable[..., Federation
     )
     server = federation.server()
     wait_until(lambda: "listening at" in server.stderr, "the server to listen")
-    unknown, distrusting = federation.client("clinic-9"), federation.client("clinic-0")
+    unknown, distrusting = federation.warm_client("clinic-9"), federation.warm_client("clinic-0")
     assert unknown.wait() == 1
     assert "its roster has no such transport key" in unknown.stderr
     assert distrusting.wait() == 1
@@ -288,7 +288,7 @@ def test_who_is_not_let_in_is_told_why(make_federation: Callable[..., Federation
     )
     server = federation.server()
     wait_until(lambda: "listening at" in server.stderr, "the server to listen again")
-    late = federation.client("clinic-0")
+    late = federation.warm_client("clinic-0")
     assert late.wait() == 1
     assert "certificate has expired" in late.stderr
     [link] = server.workers()
@@ -331,7 +331,7 @@ def test_a_key_that_others_can_read_is_not_used(
     key = federation.folder / "sites" / "clinic-0" / "keys" / "identity.key"
     assert key.stat().st_mode & 0o777 == 0o600
     key.chmod(0o644)
-    client = federation.client("clinic-0")
+    client = federation.warm_client("clinic-0")
     assert client.wait() == 2
     assert "others can read this private key" in client.stderr
     assert "chmod 600" in client.stderr

@@ -38,7 +38,7 @@ from fedtune.errors import (
     ServerUnreachable,
     TrainingError,
 )
-from fedtune.flower import fleet_grid
+from fedtune.flower import fleet_grid, internals
 from fedtune.flower.envelope import FAREWELL, reply, unwrap, wrap
 from fedtune.flower.fleet_grid import FleetGrid
 from fedtune.flower.network import NodeConnection
@@ -46,18 +46,19 @@ from fedtune.flower.runtime import RunTicket
 
 _FORK = multiprocessing.get_context("fork")
 DEADLINE = 90.0
+LARGEST = 20_000_000  # bytes of a message
 
 
 class Network:
-    """A SuperLink that two sites, `a` and `b`, may connect to."""
+    """A SuperLink that two sites, `a` and `b`, may connect to, and `c` not."""
 
     def __init__(self, folder: Path, on_disk: bool = False) -> None:
         self.folder, self._on_disk = folder, on_disk
         make_server_keys(folder / "server", ["127.0.0.1"])
-        public = [make_site_keys(folder / name, name) for name in ("a", "b")]
-        members = make_roster(folder / "roster.toml", folder / "server", public)
+        public = [make_site_keys(folder / name, name) for name in ("a", "b", "c")]
+        members = make_roster(folder / "roster.toml", folder / "server", public[:2])
         self.link = SuperLinkProcess(self.doors(0), members.transport)
-        self.grid = FleetGrid(self.link.address, self.link.ticket, 20_000_000)
+        self.grid = FleetGrid(self.link.address, self.link.ticket, LARGEST)
         self._sites: list[Any] = []
 
     def doors(self, port: int) -> Doors:
@@ -75,7 +76,7 @@ class Network:
     def connection(
         self,
         name: str,
-        largest: int = 20_000_000,
+        largest: int = LARGEST,
         port: int = 0,
         kind: type[NodeConnection] = NodeConnection,
     ) -> NodeConnection:
@@ -119,6 +120,24 @@ class Network:
         message = Message(wrap(payload), node, "train", group_id="1")
         return list(self.grid.send_and_receive([message], timeout=timeout))
 
+    def end_sites(self) -> None:
+        """As before anybody came: nobody is connected, and no message is left for anybody."""
+        for process in self._sites:
+            process.kill()
+            process.join()
+        self._sites.clear()
+        self.grid._largest = LARGEST
+        for name in ("a", "b"):
+            connection = self.connection(name)
+            connection.activate()
+            left = True
+            while left:
+                with suppress(ServerRefused):  # one that is too large
+                    left = connection.pull() is not None
+            connection.leave()
+            connection.close()
+        assert self.grid.activations() == {}
+
     def close(self) -> None:
         for process in self._sites:
             process.kill()
@@ -127,9 +146,28 @@ class Network:
         self.link.close()
 
 
-@pytest.fixture(params=[False, True], ids=["memory", "disk"])
-def network(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Network]:
-    made = Network(tmp_path, request.param)
+@pytest.fixture(scope="module", params=[False, True], ids=["memory", "disk"])
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Network]:
+    """Two networks for all tests of this file: it takes seconds to start one."""
+    made = Network(tmp_path_factory.mktemp("network"), request.param)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def network(shared: Network) -> Iterator[Network]:
+    # In whose name a message is made is a global of Flower.
+    internals.become_task(shared.link.ticket.run_id, internals.SERVER_NODE)
+    yield shared
+    shared.end_sites()
+
+
+@pytest.fixture
+def own_network(tmp_path: Path) -> Iterator[Network]:
+    """One that a test may end."""
+    made = Network(tmp_path)
     yield made
     made.close()
 
@@ -214,7 +252,6 @@ def test_whether_a_site_is_let_in_can_be_asked(network: Network) -> None:
     assert asking.is_admitted()
     assert network.grid.activations() == before
     connected.beat()
-    make_site_keys(network.folder / "c", "c")  # who is in no roster
     assert not network.connection("c").is_admitted()
     assert network.grid.activations() == before
 
@@ -232,7 +269,6 @@ def test_clocks_may_differ(network: Network, minutes: int) -> None:
 
 
 def test_a_stranger_is_refused_and_told_why(network: Network) -> None:
-    make_site_keys(network.folder / "c", "c")
     with pytest.raises(ServerRefused, match="no such transport key"):
         network.connection("c").activate()
 
@@ -256,13 +292,13 @@ def test_without_the_token_nothing_is_sent(network: Network) -> None:
     network.grid.activations()
 
 
-def test_nobody_answers(network: Network) -> None:
-    connection = network.connection("a")
-    network.link.close()
+def test_nobody_answers(own_network: Network) -> None:
+    connection = own_network.connection("a")
+    own_network.link.close()
     with pytest.raises(ServerUnreachable):
         connection.activate()
     with pytest.raises(ServerUnreachable):
-        network.grid.activations()
+        own_network.grid.activations()
 
 
 def test_a_port_that_is_taken_is_told(network: Network) -> None:
@@ -280,7 +316,7 @@ def test_a_message_that_is_too_large_is_not_taken(network: Network, alike: bool)
     connection = network.connection("a", largest=1_000_000)
     connection.activate()
     [node] = network.grid.activations()
-    content = bytes(200_000_000) if alike else os.urandom(200_000_000)
+    content = bytes(100_000_000) if alike else os.urandom(100_000_000)
     network.grid.push_messages([Message(wrap(content), node, "train", group_id="1")])
     del content
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -389,10 +425,10 @@ def test_a_site_answers_whatever_it_is_asked(network: Network, tmp_path: Path) -
     assert process.is_alive()
 
 
-@pytest.mark.parametrize("network", [False], indirect=True, ids=["memory"])
+@pytest.mark.parametrize("shared", [False], indirect=True, ids=["memory"])
 def test_a_large_message_is_in_a_sites_memory_once(network: Network, tmp_path: Path) -> None:
     """The request is let go before the answer comes, and neither is held twice."""
-    size, peaks = 100_000_000, tmp_path / "peaks"
+    size, peaks = 50_000_000, tmp_path / "peaks"
     network.grid._largest = 2 * size
 
     def memory(name: str) -> int:
@@ -462,7 +498,7 @@ class _Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize("network", [False], indirect=True, ids=["memory"])
+@pytest.mark.parametrize("shared", [False], indirect=True, ids=["memory"])
 def test_what_got_through_a_broken_line_is_not_sent_again(network: Network) -> None:
     """Each connection is cut after 12 MB; 40 MB go down and up again all the same."""
     size = 40_000_000
@@ -517,9 +553,9 @@ def test_half_an_answer_keeps_nobody_waiting(network: Network) -> None:
 
 
 def test_a_site_that_has_heard_that_the_run_is_over_ends_without_the_server(
-    network: Network,
+    own_network: Network,
 ) -> None:
-    link = network.link._process.pid
+    link = own_network.link._process.pid
 
     class Cut(NodeConnection):
         def push(self, answer: Message, seconds: float) -> None:
@@ -528,15 +564,15 @@ def test_a_site_that_has_heard_that_the_run_is_over_ends_without_the_server(
 
     def work() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        connection = network.connection("a", kind=Cut)
+        connection = own_network.connection("a", kind=Cut)
         os._exit(_Site(connection, _Worker(), True, print, "the server").run())
 
     process = _FORK.Process(target=work, daemon=True)
     process.start()
-    network._sites.append(process)
-    network.wait(lambda: len(network.grid.activations()) == 1)
-    [node] = network.grid.activations()
-    network.grid.push_messages([Message(wrap(b"3 rounds"), node, FAREWELL)])
+    own_network._sites.append(process)
+    own_network.wait(lambda: len(own_network.grid.activations()) == 1)
+    [node] = own_network.grid.activations()
+    own_network.grid.push_messages([Message(wrap(b"3 rounds"), node, FAREWELL)])
     process.join(DEADLINE)
     assert process.exitcode == 0
 
