@@ -227,9 +227,8 @@ class Federation:
         return folder / "run"
 
     def restart_server(self, server: Command) -> Command:
-        """Kill it, and start it again as soon as its port is free."""
+        """Kill it, and start it again at once: Flower's process of the first may still end."""
         server.kill()
-        wait_until(lambda: port_is_free(self.port), "Flower's process to end too")
         return self.server()
 
     def history(self, name: str) -> list[Step]:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from deployed import SITES, Federation, port_is_free
+from deployed import SITES, Federation
 from e2e_helpers import (
     Command,
     adapter_bytes,
@@ -166,9 +166,7 @@ def test_a_server_that_is_killed_goes_on(
     clients = [federation.warm_client(name) for name in SITES]
     for moment in ("round 1: trained", "round 2: trained"):
         wait_until(lambda m=moment: m in clients[0].stderr, moment)
-        server.kill()
-        wait_until(lambda: port_is_free(federation.port), "Flower's process to end too")
-        server = federation.server()
+        server = federation.restart_server(server)
     assert server.wait() == 0, server.stderr
     for client in clients:
         assert client.wait() == 0, client.stderr

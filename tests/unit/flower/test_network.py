@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import httpx
 import pytest
 from flwr.app import Message, RecordDict
 
+from fedtune.deploy import superlink
 from fedtune.deploy.client import _Site
 from fedtune.deploy.keys import (
     AUTHORITY,
@@ -301,9 +303,9 @@ def test_nobody_answers(own_network: Network) -> None:
         own_network.grid.activations()
 
 
-def test_a_port_that_is_taken_is_told(network: Network) -> None:
+def test_a_port_that_is_taken_is_told(network: Network, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{network.link.port}"):
-        SuperLinkProcess(network.doors(network.link.port), {})
+        SuperLinkProcess(replace(network.doors(network.link.port), log=tmp_path / "log"), {})
 
 
 @pytest.mark.parametrize("alike", [False, True])
@@ -584,26 +586,34 @@ def test_old_versions_of_tls_are_refused(network: Network) -> None:
         http.get(f"https://127.0.0.1:{network.link.port}/")
 
 
-def test_it_ends_when_its_server_is_killed(tmp_path: Path) -> None:
-    """Its standard input closes: no process of ours is left behind."""
+def test_it_ends_when_its_server_is_killed_and_the_next_one_waits_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its standard input closes: no process of ours is left behind, and none is in the way."""
     reader, writer = os.pipe()
 
     def server() -> None:
         made = Network(tmp_path)
-        os.write(writer, f"{made.link._process.pid} ".encode())
+        os.write(writer, f"{made.link._process.pid} {made.link.port}\n".encode())
         time.sleep(DEADLINE)
 
     process = _FORK.Process(target=server)
     process.start()
-    link = int(os.read(reader, 20))
+    with os.fdopen(reader) as lines:
+        link, port = map(int, lines.readline().split())
+    os.close(writer)
+    os.kill(link, signal.SIGSTOP)  # as slow as it can be
     process.kill()
     process.join()
-    deadline = time.monotonic() + DEADLINE
-    while Path(f"/proc/{link}").exists():
-        state = Path(f"/proc/{link}/stat").read_text().rpartition(")")[2].split()[0]
-        if state == "Z":
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.close(reader)
-    os.close(writer)
+    keys = tmp_path / "server"
+    log = tmp_path / "superlink.log"
+    doors = Doors("127.0.0.1", port, keys / SERVER_CERTIFICATE, keys / SERVER_KEY, None, log)
+    with monkeypatch.context() as patch:
+        patch.setattr(superlink, "LAST_SECONDS", 0.2)
+        with pytest.raises(ConfigError, match="earlier server still runs"):
+            SuperLinkProcess(doors, {})
+    os.kill(link, signal.SIGCONT)
+    with SuperLinkProcess(doors, {}) as again:
+        assert again.port == port
+        state = Path(f"/proc/{link}/stat")
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
