@@ -42,11 +42,14 @@ def simulated(
 def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     make_federation: Callable[..., Federation], simulated: Path
 ) -> None:
-    """Over sockets and TLS, in eight processes, bit for bit; two sites end in between."""
+    """Over sockets and TLS, in eight processes, bit for bit; two sites end in between.
+
+    One site is the installed command as a person starts it; that imports torch for seconds.
+    """
     federation = make_federation()
     server = federation.server()
-    clients = {name: federation.client(name) for name in SITES}
-    late = clients["clinic-1"]
+    late = federation.client("clinic-1")
+    clients = {name: federation.warm_client(name) for name in ("clinic-0", "clinic-2")}
     wait_until(lambda: "round 1: trained" in late.stderr, "a site to have trained")
     # The process that talks to the network holds neither data nor model.
     maps = Path(f"/proc/{late.pid}/maps").read_text()
@@ -55,10 +58,10 @@ def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     # A site whose audit log is not its own any more does nothing more, until it is started again.
     with federation.audit("clinic-2").open("ab") as file:
         file.write(b"?")
-    again = federation.client("clinic-1")
+    again = federation.warm_client("clinic-1")
     assert clients["clinic-2"].wait() == 1
     assert "somebody else has changed or removed it" in clients["clinic-2"].stderr
-    restarted = federation.client("clinic-2")
+    restarted = federation.warm_client("clinic-2")
     scrapes = _scrapes_until_the_end(federation, server)
     assert server.wait() == 0, server.stderr
     for client in (clients["clinic-0"], again, restarted):
