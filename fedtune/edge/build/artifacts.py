@@ -1,0 +1,181 @@
+"""`fedtune edge build`: a folder of artifacts from a federation's configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import get_args
+
+import onnx
+from onnx import TensorProto, helper
+
+from fedtune.config import Config
+from fedtune.edge import artifacts as files
+from fedtune.edge.artifacts import EdgeManifest, FileEntry, GraphEntry, Memory, Precision, Value
+from fedtune.edge.build.forward import BATCH, export_forward
+from fedtune.edge.build.gradients import add_cross_entropy, add_gradients
+from fedtune.edge.build.graph import Graph
+from fedtune.edge.build.int8 import quantize
+from fedtune.edge.build.memory import measure
+from fedtune.edge.build.model import EdgeModel
+from fedtune.edge.build.reference import make_reference
+from fedtune.edge.build.schedule import order
+from fedtune.edge.build.shared import write_graphs
+from fedtune.edge.build.training import make_training
+from fedtune.edge.engines import gradient_name
+from fedtune.errors import ArtifactError
+from fedtune.files import sync_folder, write_atomic
+
+Say = Callable[[str], None]
+LABELS = "labels"
+_BUILT_WITH = ("fedtune", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime-training-cpu")
+
+
+def build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifest:
+    """Write the artifacts to `out`, a new folder, which is there whole or not at all.
+
+    Raises `ArtifactError` if the folder is there, `BaseModelError` if the model cannot be
+    exported.
+    """
+    if out.exists():
+        raise ArtifactError(f"{out}: is there already; name a new folder, or remove it first")
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        manifest = _build(config, model, part, say)
+        write_atomic(part / files.MANIFEST, manifest.model_dump_json(indent=1).encode())
+        part.replace(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise ArtifactError(f"{part}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return manifest
+
+
+def _build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifest:
+    dropout = config.adapter.dropout
+    adapter = model.adapter
+    say("exporting the model with its adapter")
+    forward = export_forward(adapter, training=False)
+    stochastic = export_forward(adapter, training=True) if dropout else forward
+    tensors = adapter.manifest.split(adapter.read())
+    say("building the gradients")
+    training, checkpoint = make_training(stochastic, tensors)
+    graphs = {
+        files.FORWARD: forward,
+        files.TRAINING: training,
+        files.STEP: make_step(stochastic, list(tensors)),
+    }
+    entries: dict[str, GraphEntry] = {}
+    for precision in get_args(Precision):
+        say(f"writing the graphs in {precision}")
+        folder = out / precision
+        folder.mkdir()
+        (folder / files.CHECKPOINT).write_bytes(checkpoint)
+        written = {name: _copy(graph) for name, graph in graphs.items()}
+        for graph in written.values():
+            if precision == "int8":
+                quantize(graph, set(tensors))
+            order(graph, LABELS)
+            _strip(graph)
+        entries |= {f"{precision}/{name}": _describe(graph) for name, graph in written.items()}
+        write_graphs(written, folder)
+    model.base.tokenizer.backend_tokenizer.save(str(out / files.TOKENIZER))
+    say("computing what PyTorch makes of it")
+    make_reference(model, len(config.data.labels), out / files.REFERENCE, config.seed)
+    say("measuring how much memory a step takes")
+    memory = measure(out, adapter.manifest, model.max_length)
+    return _manifest(config, model, out, entries, memory)
+
+
+def make_step(forward: onnx.ModelProto, adapter: list[str]) -> onnx.ModelProto:
+    """The step graph of a forward graph: `loss`, and the gradient by each adapter tensor."""
+    model = _copy(forward)
+    model.graph.input.append(helper.make_tensor_value_info(LABELS, TensorProto.INT64, [BATCH]))
+    graph = Graph(model)
+    loss, slope = add_cross_entropy(graph, "logits", LABELS)
+    gradients = add_gradients(graph, "logits", slope, adapter)
+    del model.graph.output[:]
+    graph.publish(loss, TensorProto.FLOAT, ())
+    for name in adapter:
+        shape = graph.shape(name)
+        output = graph.add("Identity", [gradients[name]], shape, output=gradient_name(name))
+        graph.publish(output, TensorProto.FLOAT, shape)
+    graph.prune()
+    return model
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Take out what the exporter tells of itself and of the files of this machine."""
+    del model.graph.value_info[:], model.metadata_props[:]
+    model.doc_string = model.graph.doc_string = ""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    for tensor in model.graph.initializer:
+        del tensor.metadata_props[:]
+        tensor.doc_string = ""
+
+
+def _describe(model: onnx.ModelProto) -> GraphEntry:
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    return GraphEntry(
+        opset=opsets.get("", opsets.get("ai.onnx", 0)),
+        ir_version=model.ir_version,
+        inputs=tuple(_value(value) for value in model.graph.input),
+        outputs=tuple(_value(value) for value in model.graph.output),
+    )
+
+
+def _value(value: onnx.ValueInfoProto) -> Value:
+    kind = value.type.tensor_type
+    return Value(
+        name=value.name,
+        dtype=TensorProto.DataType.Name(kind.elem_type).lower(),
+        shape=tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim),
+    )
+
+
+def _manifest(
+    config: Config,
+    model: EdgeModel,
+    out: Path,
+    graphs: Mapping[str, GraphEntry],
+    memory: Mapping[str, Memory],
+) -> EdgeManifest:
+    listed = {
+        path.relative_to(out).as_posix(): FileEntry(
+            size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+        )
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+    return EdgeManifest(
+        format=1,
+        base_digest=model.base.digest,
+        agreed=files.agreed_digest(config),
+        adapter=tuple(
+            files.Tensor(name=t.name, shape=t.shape) for t in model.adapter.manifest.tensors
+        ),
+        labels=len(config.data.labels),
+        max_length=model.max_length,
+        pad_id=model.pad_id,
+        dropout=config.adapter.dropout,
+        built_with={name: metadata.version(name) for name in _BUILT_WITH},
+        graphs=dict(graphs),
+        memory=dict(memory),
+        files=listed,
+    )

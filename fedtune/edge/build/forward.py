@@ -1,0 +1,121 @@
+"""The forward graph of a base model with its adapter, exported by torch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from fedtune.adapter.lora import AttachedAdapter
+from fedtune.edge.build.graph import IR_VERSION, OPSET
+from fedtune.errors import BaseModelError
+
+BATCH, TOKENS, LONGEST = "batch", "tokens", 1 << 16
+INPUTS = ("input_ids", "attention_mask")
+
+
+class _AdapterAsInputs(nn.Module):
+    """The model as a function of its adapter's tensors too.
+
+    As parameters they would lose their names, those that are zero would become one, and what is
+    done to them first would be folded into them.
+    """
+
+    def __init__(self, adapter: AttachedAdapter) -> None:
+        super().__init__()
+        self.module = adapter.module
+        self._names = adapter.parameter_names()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, adapter: list[Tensor]) -> Tensor:
+        values = dict(zip(self._names, adapter, strict=True))
+        logits: Tensor = torch.func.functional_call(
+            self.module, values, (input_ids, attention_mask)
+        )
+        return logits
+
+
+def export_forward(adapter: AttachedAdapter, training: bool) -> onnx.ModelProto:
+    """Ids and mask (int64 `[batch, tokens]`) and the adapter's tensors to `logits`.
+
+    With `training` the adapter's dropout is in it. Raises `BaseModelError` if torch cannot export
+    the model.
+    """
+    names = [tensor.name for tensor in adapter.manifest.tensors]
+    adapter.module.eval()
+    if training:
+        adapter.train_mode()
+    ids = torch.ones((3, 5), dtype=torch.int64)
+    tensors = [torch.from_numpy(view) for view in adapter.manifest.split(adapter.read()).values()]
+    batch = torch.export.Dim(BATCH, min=1, max=LONGEST)
+    tokens = torch.export.Dim(TOKENS, min=1, max=LONGEST)
+    dynamic = {0: batch, 1: tokens}
+    try:
+        with _eager_attention(adapter.module), _quiet():
+            program = torch.onnx.export(
+                _AdapterAsInputs(adapter),
+                (ids, torch.ones_like(ids), tensors),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=[*INPUTS, *names],
+                output_names=["logits"],
+                dynamic_shapes=(dynamic, dynamic, [None] * len(names)),
+            )
+    except Exception as error:  # the exporter has dozens of its own kinds
+        raise BaseModelError(
+            f"the base model cannot be exported to ONNX: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    finally:
+        adapter.module.eval()
+    if program is None:
+        raise BaseModelError("the base model cannot be exported to ONNX")
+    model: onnx.ModelProto = program.model_proto
+    model.ir_version = IR_VERSION
+    _name_dimensions(model)
+    return model
+
+
+@contextlib.contextmanager
+def _eager_attention(module: nn.Module) -> Iterator[None]:
+    """Attention of single operators: the fused one has no gradient outside torch."""
+    encoder: Any = module.get_submodule("base_model.model.encoder")
+    before = encoder.config._attn_implementation
+    encoder.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        encoder.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells of operators that nobody here has."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _name_dimensions(model: onnx.ModelProto) -> None:
+    """The exporter numbers the dimensions that vary; here they get their names back."""
+    numbered = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    names = dict(zip(numbered, (BATCH, TOKENS), strict=True))
+    graph = model.graph
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = names.get(dim.dim_param, dim.dim_param)

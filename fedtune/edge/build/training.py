@@ -1,0 +1,78 @@
+"""What ONNX Runtime's training build takes: a graph with gradients, and a checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from fedtune.edge.build.gradients import IGNORED
+from fedtune.edge.build.graph import IR_VERSION
+from fedtune.edge.runtime import import_training
+from fedtune.errors import BaseModelError
+
+
+def make_training(
+    forward: onnx.ModelProto, adapter: Mapping[str, NDArray[np.float32]]
+) -> tuple[onnx.ModelProto, bytes]:
+    """The training graph of a forward graph, and a checkpoint with nothing but the adapter.
+
+    The frozen weights stay constants of the graph. Raises `BaseModelError` if ONNX Runtime has no
+    gradient for an operator.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(forward)
+    inputs = [value for value in model.graph.input if value.name not in adapter]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    for name, value in adapter.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+    _prepare_normalizations(model.graph)
+    import_training()
+    from onnxruntime.training import artifacts
+    from onnxruntime.training.onnxblock.loss import CrossEntropyLoss
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            artifacts.generate_artifacts(
+                model,
+                requires_grad=list(adapter),
+                frozen_params=[],
+                loss=CrossEntropyLoss(ignore_index=IGNORED),
+                artifact_directory=folder,
+            )
+        except Exception as error:  # it raises RuntimeError and what its C++ side translates
+            raise BaseModelError(
+                f"ONNX Runtime cannot build the gradient: {str(error).strip().splitlines()[0]}"
+            ) from error
+        training = onnx.load(Path(folder) / "training_model.onnx")
+        checkpoint = (Path(folder) / "checkpoint").read_bytes()
+    training.ir_version = IR_VERSION
+    return training, checkpoint
+
+
+def _prepare_normalizations(graph: onnx.GraphProto) -> None:
+    """Statistics as outputs, which the gradient reads, and weights that no two nodes share.
+
+    Weights that are equal, as in a model that was never trained, are one constant, whose gradient
+    would be defined twice.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    taken: set[str] = set()
+    for node in graph.node:
+        if node.op_type != "LayerNormalization":
+            continue
+        for place in (1, 2):
+            if len(node.output) <= place:
+                node.output.append(f"{node.output[0]}_statistic_{place}")
+        for place, name in enumerate(node.input):
+            if place and name in taken:
+                copy = graph.initializer.add()
+                copy.CopyFrom(constants[name])
+                copy.name = node.input[place] = f"{name}_of_{node.output[0]}"
+            taken.add(name)
