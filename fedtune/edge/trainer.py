@@ -78,6 +78,51 @@ class ForwardModel:
         return found
 
 
+class EdgeLosses:
+    """Losses and scores of a `ForwardModel`; at most `micro_batch` rows go through at once."""
+
+    def __init__(
+        self, forward: ForwardModel, base_digest: str, pad_id: int, micro_batch: int
+    ) -> None:
+        self._forward, self._base_digest = forward, base_digest
+        self._pad_id, self._micro_batch = pad_id, micro_batch
+
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 of the base model of which the graph was made."""
+        return self._base_digest
+
+    def loss(self, adapter: Float32Vector, data: Dataset, rows: NDArray[np.int64]) -> float:
+        """The mean cross-entropy of these rows at `adapter`."""
+        texts, total = _texts(data), 0.0
+        for part in _parts(rows, self._micro_batch):
+            losses, _ = self._pass(adapter, texts, part)
+            total += float(losses.sum())
+        return total / len(rows)
+
+    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
+        """Evaluate in micro-batches of similar length."""
+        texts = _texts(data)
+        order = np.argsort(texts.lengths, kind="stable")
+        loss_sum = 0.0
+        predictions = np.empty(len(texts), np.int64)
+        for rows in _parts(order, min(EVALUATION_BATCH, self._micro_batch)):
+            losses, predictions[rows] = self._pass(adapter, texts, rows)
+            loss_sum += float(losses.sum())
+        labels = texts.labels[order]
+        correct = int((predictions[order] == labels).sum())
+        # In the order in which they were asked, as a trainer with PyTorch gives them.
+        return Evaluation(len(texts), loss_sum, correct, predictions[order], labels)
+
+    def _pass(
+        self, adapter: Float32Vector, texts: TokenizedTexts, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Loss and likeliest label of each row."""
+        batch = padded(texts, rows, self._pad_id)
+        logits = self._forward.logits(adapter, batch).astype(np.float64)
+        return cross_entropy(logits, batch.labels), logits.argmax(-1)
+
+
 class EdgeTrainer:
     """Trains an adapter through an `Engine`, micro-batch by micro-batch."""
 
@@ -93,7 +138,8 @@ class EdgeTrainer:
     ) -> None:
         self._manifest, self._base_digest = manifest, base_digest
         self._pad_id = pad_id
-        self._engine, self._forward = engine, forward
+        self._engine = engine
+        self._losses = EdgeLosses(forward, base_digest, pad_id, settings.micro_batch)
         self._settings = settings
         self._moments = moments or FreshMoments()
 
@@ -134,19 +180,7 @@ class EdgeTrainer:
 
     def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
         """Evaluate in micro-batches of similar length."""
-        texts = _texts(data)
-        order = np.argsort(texts.lengths, kind="stable")
-        loss_sum = 0.0
-        predictions = np.empty(len(texts), np.int64)
-        for rows in _parts(order, min(EVALUATION_BATCH, self._settings.micro_batch)):
-            batch = padded(texts, rows, self._pad_id)
-            logits = self._forward.logits(adapter, batch).astype(np.float64)
-            loss_sum += float(cross_entropy(logits, batch.labels).sum())
-            predictions[rows] = logits.argmax(-1)
-        labels = texts.labels[order]
-        correct = int((predictions[order] == labels).sum())
-        # In the order in which they were asked, as a trainer with PyTorch gives them.
-        return Evaluation(len(texts), loss_sum, correct, predictions[order], labels)
+        return self._losses.evaluate(adapter, data)
 
     def _descend(
         self,

@@ -11,6 +11,7 @@ from typing import get_args
 
 import onnx
 from onnx import TensorProto, helper
+from safetensors.numpy import save
 
 from fedtune.config import Config
 from fedtune.edge import artifacts as files
@@ -31,7 +32,15 @@ from fedtune.files import sync_folder, write_atomic
 
 Say = Callable[[str], None]
 LABELS = "labels"
-_BUILT_WITH = ("fedtune", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime-training-cpu")
+_BUILT_WITH = (
+    "fedtune",
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnxscript",
+    "onnxruntime-training-cpu",
+)
 
 
 def build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifest:
@@ -86,6 +95,7 @@ def _build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifes
         entries |= {f"{precision}/{name}": _describe(graph) for name, graph in written.items()}
         write_graphs(written, folder)
     model.base.tokenizer.backend_tokenizer.save(str(out / files.TOKENIZER))
+    (out / files.INITIAL).write_bytes(save(tensors))
     say("computing what PyTorch makes of it")
     make_reference(model, len(config.data.labels), out / files.REFERENCE, config.seed)
     say("measuring how much memory a step takes")
@@ -166,6 +176,7 @@ def _manifest(
     return EdgeManifest(
         format=1,
         base_digest=model.base.digest,
+        seed=config.seed,
         agreed=files.agreed_digest(config),
         adapter=tuple(
             files.Tensor(name=t.name, shape=t.shape) for t in model.adapter.manifest.tensors
