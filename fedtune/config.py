@@ -99,9 +99,9 @@ class Train(_Table):
     """Local training at a client, in one round."""
 
     method: Literal["backprop", "forward-only"] = "backprop"
-    """`forward-only` computes no gradients (MeZO, Malladi et al. 2023): a step compares the losses of
-    two forward passes, and what travels is one number per direction, not the adapter. It takes many
-    more steps, and a learning rate of its own; see docs/forward-only.md."""
+    """`forward-only` computes no gradients (MeZO, Malladi et al. 2023): a step compares the losses
+    of two forward passes, and what travels is one number per direction, not the adapter. It takes
+    many more steps, and a learning rate of its own; see docs/forward-only.md."""
     directions: int = Field(default=DIRECTIONS, ge=1, le=1_000_000)
     """`forward-only`: in how many random directions the adapter can move; so many values travel."""
     perturbation: Positive = PERTURBATION
