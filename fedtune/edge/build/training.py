@@ -16,7 +16,6 @@ from fedtune.edge.build.graph import IR_VERSION
 from fedtune.edge.runtime import import_training
 from fedtune.errors import BaseModelError
 
-
 _OUTPUTS = {"Dropout": 2, "LayerNormalization": 3}
 
 
