@@ -109,6 +109,22 @@ def edge_artifacts(
 
 
 @pytest.fixture(scope="session")
+def edge_python() -> Path:
+    """The Python of a device that trains with ONNX Runtime's training build."""
+    from edge_environment import python_of
+
+    return python_of("edge")
+
+
+@pytest.fixture(scope="session")
+def edge_plain_python() -> Path:
+    """The Python of a device that has ONNX Runtime without training."""
+    from edge_environment import python_of
+
+    return python_of("edge-plain")
+
+
+@pytest.fixture(scope="session")
 def fresh_classifier(minilm: BaseModel) -> Callable[..., EncoderClassifier]:
     """A classifier over a copy of MiniLM, because peft changes a module in place."""
     from fedtune.base.classifier import EncoderClassifier

@@ -17,9 +17,9 @@ from fedtune.train.texts import TokenizedTexts
 
 
 class EdgeTokenizer:
-    """The tokenizer of a base model, which cuts texts to `max_length` tokens."""
+    """The tokenizer of a base model, which cuts texts to `max_length` tokens, or not if None."""
 
-    def __init__(self, artifacts: EdgeArtifacts, max_length: int) -> None:
+    def __init__(self, artifacts: EdgeArtifacts, max_length: int | None) -> None:
         """Raises `ArtifactError`."""
         path = artifacts.path(files.TOKENIZER)
         try:
@@ -27,7 +27,10 @@ class EdgeTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ArtifactError(f"{path}: cannot be read: {error}") from error
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length)
+        if max_length is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(max_length)
 
     def prepare(self, examples: TextExamples) -> TokenizedTexts:
         """The texts as the trainer takes them."""

@@ -14,7 +14,7 @@ from fedtune.adapter.lora import adapter_size
 from fedtune.base.classifier import longest_text, outline
 from fedtune.config import Config
 from fedtune.deploy.doctor.findings import Verdict
-from fedtune.deploy.doctor.traffic import packed_update
+from fedtune.deploy.doctor.machine import NETWORK_PROCESS
 from fedtune.resources import resident_memory
 from fedtune.simulation.job import lora_of
 from fedtune.train.torch_trainer import EVALUATION_BATCH
@@ -28,10 +28,8 @@ FRAGMENTATION = 2.5
 _SITE_VECTORS = 7 * _FLOAT + 3 * 8
 # At the server, float32: value and gradient, two moments, best and last; float64 and int64: sums.
 _SERVER_VECTORS = 6 * _FLOAT + 4 * 8
-_NETWORK_PROCESS = 120 * _MIB  # of a site; benchmarks/deployment.py holds it to that
 _SUPERLINK_PROCESS = 180 * _MIB
 _REPORT = 32 * _MIB  # report, TensorBoard's events, metrics and logs of a run
-_SITE_REST = 4 * _MIB  # of a site's memory besides what it last answered
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def site_memory(config: Config, shape: ModelShape, tokens: int, process: int) ->
     rows = 1 if config.privacy.unit == "record" else config.train.batch_size
     kept = int(FRAGMENTATION * activations(shape, rows, tokens))
     model = shape.base * _FLOAT + shape.adapter * _SITE_VECTORS
-    return process + model + kept + _NETWORK_PROCESS
+    return process + model + kept + NETWORK_PROCESS
 
 
 def server_memory(shape: ModelShape, clients: int, process: int, evaluates: bool) -> int:
@@ -111,11 +109,6 @@ def server_memory(shape: ModelShape, clients: int, process: int, evaluates: bool
     one_layer = activations(shape, EVALUATION_BATCH, shape.longest) // max(1, shape.layers)
     passing = int(FRAGMENTATION * one_layer) if evaluates else 0
     return process + model + messages + passing + _SUPERLINK_PROCESS
-
-
-def site_disk(config: Config, shape: ModelShape, clients: int) -> int:
-    """Bytes of a site's memory: its last answer, the one that replaces it, and SQLite's log."""
-    return 3 * packed_update(config, shape.adapter, clients) + _SITE_REST
 
 
 def server_disk(shape: ModelShape, clients: int) -> int:
