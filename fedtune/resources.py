@@ -45,6 +45,11 @@ def peak_memory() -> int:
     return _of_this_process("VmHWM")
 
 
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew, from what this process holds now. Only on Linux."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def _of_this_process(name: str) -> int:
     return _kilobytes(Path("/proc/self/status"), name) if sys.platform == "linux" else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,7 +177,10 @@ def _wrap(module: nn.Module, lora: LoRA, config: Any) -> Any:
     for name in lora.also_train:
         _reset(modules[name])  # a new head is part of the adapter: the seed decides it too
     try:
-        return get_peft_model(module, config)
+        with warnings.catch_warnings():
+            # peft asks transformers for something by an old name, which is no news for a user.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(module, config)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -31,7 +31,15 @@ from fedtune.files import sync_folder, write_atomic
 
 Say = Callable[[str], None]
 LABELS = "labels"
-_BUILT_WITH = ("fedtune", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime-training-cpu")
+_BUILT_WITH = (
+    "fedtune",
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnxscript",
+    "onnxruntime-training-cpu",
+)
 
 
 def build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifest:

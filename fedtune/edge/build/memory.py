@@ -42,7 +42,7 @@ def _fit(
     steps = [(rows, min(tokens, longest)) for rows, tokens in _STEPS]
     shapes = [[tensor.name, list(tensor.shape)] for tensor in manifest.tensors]
     asked = json.dumps([str(out / precision), runtime, shapes, steps])
-    process = subprocess.run(  # noqa: S603  # this interpreter, this package
+    process = subprocess.run(  # this interpreter, this package
         [sys.executable, "-m", "fedtune.edge.build.memory"],
         input=asked,
         capture_output=True,
