@@ -8,12 +8,14 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/fedtune simulate
 
+# Half of the time tests wait for processes, so two run at a time. Those of a file share what it
+# has set up; the files with the longest come first.
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # A stamp is newer than what it depends on, so an unchanged install is not repeated.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)

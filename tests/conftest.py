@@ -72,6 +72,43 @@ def minilm() -> BaseModel:
 
 
 @pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `write_tiny_base`."""
+    from tiny_base import write_tiny_base
+
+    return write_tiny_base(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def build_artifacts() -> Callable[..., Any]:
+    """Build edge artifacts of a configuration; the model of which they were made."""
+    from fedtune.config import parse_config
+    from fedtune.edge.build.artifacts import build
+    from fedtune.edge.build.model import EdgeModel
+    from fedtune.simulation.job import TextModel
+
+    def make(out: Path, *overrides: str) -> tuple[Config, TextModel]:
+        labels = 'data.labels=["a","b","c"]'
+        config = parse_config("", "test", [labels, "base.max-length=64", *overrides])
+        model = TextModel(config, 3)
+        parts = EdgeModel(model.base, model.adapter, model.pad_id, model.max_length)
+        build(config, parts, out, lambda _text: None)
+        return config, model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def edge_artifacts(
+    build_artifacts: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Edge artifacts of MiniLM with three labels. Do not write to them."""
+    out = tmp_path_factory.mktemp("edge") / "artifacts"
+    build_artifacts(out)
+    return out
+
+
+@pytest.fixture(scope="session")
 def fresh_classifier(minilm: BaseModel) -> Callable[..., EncoderClassifier]:
     """A classifier over a copy of MiniLM, because peft changes a module in place."""
     from fedtune.base.classifier import EncoderClassifier

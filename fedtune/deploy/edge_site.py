@@ -38,7 +38,12 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
     tokenizer = EdgeTokenizer(artifacts, length)
     rows = tokenizer.prepare(train)
     if machine.max_memory_mb is not None:
-        memory = artifacts.manifest.memory[f"{machine.runtime}/{machine.precision}"]
+        memory = artifacts.manifest.memory.get(f"{machine.runtime}/{machine.precision}")
+        if memory is None:
+            raise ConfigError(
+                "machine.max-memory-mb: the artifacts do not say what a step takes; build them on "
+                "Linux, or leave it out"
+            )
         left = machine.max_memory_mb * 1e6 - resident_memory()
         longest = int(rows.lengths.max(initial=2))
         micro_batch, fitting = fit(memory, left, micro_batch, longest)

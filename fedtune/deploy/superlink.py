@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import fcntl
 import json
 import logging
 import os
@@ -16,12 +17,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import httpx
 
@@ -34,6 +36,7 @@ from fedtune.flower.runtime import ASGI, RunTicket, Scope, SuperLink
 START_SECONDS = 60.0
 ALIVE_SECONDS = 5.0
 END_SECONDS = 2.0
+LAST_SECONDS, LAST_POLL = 30.0, 0.05  # that one of a killed server may take to end
 LARGEST_LOG = 1 << 20  # bytes; there is one older file beside it
 
 
@@ -55,7 +58,10 @@ class SuperLinkProcess:
     """A running SuperLink; leave the block to end it."""
 
     def __init__(self, doors: Doors, clients: Mapping[str, bytes]) -> None:
-        """Start it; raises `ConfigError` if the port is taken or the certificate is unusable."""
+        """Start it; raises `ConfigError` if the port is taken or the certificate is unusable.
+
+        That of an earlier server of this run, which was killed, has ended before.
+        """
         settings = {
             "host": doors.host,
             "port": doors.port,
@@ -67,12 +73,13 @@ class SuperLinkProcess:
             "log": str(doors.log),
             "clients": {name: base64.b64encode(key).decode() for name, key in clients.items()},
         }
-        with doors.log.open("ab") as log:
+        with doors.log.open("ab") as log, _after_the_last(doors.log.with_suffix(".lock")) as lock:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fedtune.deploy.superlink"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                pass_fds=[lock.fileno()],
             )
         self._tell(settings)
         answer = self._first_line()
@@ -134,6 +141,28 @@ class SuperLinkProcess:
             return {"error": "Flower's SuperLink does not start; see its log"}
         found: dict[str, Any] = json.loads(line)
         return found
+
+
+@contextmanager
+def _after_the_last(path: Path) -> Iterator[IO[bytes]]:
+    """A lock that a process holds for as long as it lives, if it inherits it; waits for its turn.
+
+    A SuperLink ends with its server, but not at once: while it starts it keeps the port.
+    """
+    deadline = time.monotonic() + LAST_SECONDS
+    with path.open("ab") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"{path}: Flower's SuperLink of an earlier server still runs; end it"
+                    ) from error
+                time.sleep(LAST_POLL)
+            else:
+                break
+        yield lock
 
 
 def main() -> None:

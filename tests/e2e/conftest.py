@@ -14,13 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from deployed import Federation
 from e2e_helpers import Launcher
-from small_files import Rows, read_icd_rows, write_clients, write_tiny_base
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See `write_tiny_base`."""
-    return write_tiny_base(tmp_path_factory.mktemp("models") / "tiny-bert")
+from small_files import Rows, read_icd_rows, write_clients
 
 
 @pytest.fixture(scope="session")

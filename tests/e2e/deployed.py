@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -226,9 +227,8 @@ class Federation:
         return folder / "run"
 
     def restart_server(self, server: Command) -> Command:
-        """Kill it, and start it again as soon as its port is free."""
+        """Kill it, and start it again at once: Flower's process of the first may still end."""
         server.kill()
-        wait_until(lambda: port_is_free(self.port), "Flower's process to end too")
         return self.server()
 
     def history(self, name: str) -> list[Step]:
@@ -407,10 +407,11 @@ def _check_round(record: dict[str, Any], steps: list[Step]) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        port: int = door.getsockname()[1]
-    return port
+    """A port that is free, and that no outgoing connection gets before a server listens there."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)  # Linux gives out those above
+        if port_is_free(port):
+            return port
 
 
 def port_is_free(port: int) -> bool:

@@ -36,7 +36,7 @@ def test_a_slow_network_that_loses_packets_and_is_cut_in_a_round(
 ) -> None:
     """In the end the adapter is that of a run on one machine, bit for bit."""
     federation = make_federation(
-        listen={"host": SERVER_ADDRESS}, tables={"rounds": {"count": 3, "timeout": 200.0}}
+        listen={"host": SERVER_ADDRESS}, tables={"rounds": {"count": 2, "timeout": 200.0}}
     )
     server = federation.server([partial(enter_namespace, link.server)])
     outside = [partial(enter_namespace, link.sites)]

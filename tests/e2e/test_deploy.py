@@ -16,7 +16,7 @@ import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from deployed import SITES, Federation, port_is_free
+from deployed import SITES, Federation
 from e2e_helpers import (
     Command,
     adapter_bytes,
@@ -42,11 +42,14 @@ def simulated(
 def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     make_federation: Callable[..., Federation], simulated: Path
 ) -> None:
-    """Over sockets and TLS, in eight processes, bit for bit; two sites end in between."""
+    """Over sockets and TLS, in eight processes, bit for bit; two sites end in between.
+
+    One site is the installed command as a person starts it; that imports torch for seconds.
+    """
     federation = make_federation()
     server = federation.server()
-    clients = {name: federation.client(name) for name in SITES}
-    late = clients["clinic-1"]
+    late = federation.client("clinic-1")
+    clients = {name: federation.warm_client(name) for name in ("clinic-0", "clinic-2")}
     wait_until(lambda: "round 1: trained" in late.stderr, "a site to have trained")
     # The process that talks to the network holds neither data nor model.
     maps = Path(f"/proc/{late.pid}/maps").read_text()
@@ -55,10 +58,10 @@ def test_a_deployed_run_ends_with_the_adapter_of_the_simulated_one(
     # A site whose audit log is not its own any more does nothing more, until it is started again.
     with federation.audit("clinic-2").open("ab") as file:
         file.write(b"?")
-    again = federation.client("clinic-1")
+    again = federation.warm_client("clinic-1")
     assert clients["clinic-2"].wait() == 1
     assert "somebody else has changed or removed it" in clients["clinic-2"].stderr
-    restarted = federation.client("clinic-2")
+    restarted = federation.warm_client("clinic-2")
     scrapes = _scrapes_until_the_end(federation, server)
     assert server.wait() == 0, server.stderr
     for client in (clients["clinic-0"], again, restarted):
@@ -163,12 +166,10 @@ def test_a_server_that_is_killed_goes_on(
     """Once before anything was committed, once in the middle of the second round."""
     federation = make_federation()
     server = federation.server()
-    clients = [federation.client(name) for name in SITES]
+    clients = [federation.warm_client(name) for name in SITES]
     for moment in ("round 1: trained", "round 2: trained"):
         wait_until(lambda m=moment: m in clients[0].stderr, moment)
-        server.kill()
-        wait_until(lambda: port_is_free(federation.port), "Flower's process to end too")
-        server = federation.server()
+        server = federation.restart_server(server)
     assert server.wait() == 0, server.stderr
     for client in clients:
         assert client.wait() == 0, client.stderr
@@ -188,7 +189,7 @@ def test_who_comes_and_goes_is_told_and_so_is_the_end_of_the_network(
     server = federation.server()
     wait_until(lambda: federation.health().get("state") == "waiting", "the server to wait")
     assert federation.health()["missing"] == list(SITES)
-    guests = [federation.client(name) for name in SITES[:2]]
+    guests = [federation.warm_client(name) for name in SITES[:2]]
     wait_until(lambda: federation.health()["connected"] == list(SITES[:2]), "two sites")
     workers = [worker for guest in guests for worker in guest.workers()]
     assert len(workers) == 2
@@ -224,7 +225,7 @@ def test_who_is_not_let_in_is_told_why(make_federation: Callable[..., Federation
 
     # Not in the roster that it has: it does not even try.
     federation.make_site("clinic-8", train)
-    stranger = federation.client("clinic-8")
+    stranger = federation.warm_client("clinic-8")
     assert stranger.wait() == 2
     assert "there is no clinic-8 in it" in stranger.stderr
 
@@ -243,7 +244,7 @@ def test_who_is_not_let_in_is_told_why(make_federation: Callable[..., Federation
     )
     server = federation.server()
     wait_until(lambda: "listening at" in server.stderr, "the server to listen")
-    unknown, distrusting = federation.client("clinic-9"), federation.client("clinic-0")
+    unknown, distrusting = federation.warm_client("clinic-9"), federation.warm_client("clinic-0")
     assert unknown.wait() == 1
     assert "its roster has no such transport key" in unknown.stderr
     assert distrusting.wait() == 1
@@ -288,7 +289,7 @@ def test_who_is_not_let_in_is_told_why(make_federation: Callable[..., Federation
     )
     server = federation.server()
     wait_until(lambda: "listening at" in server.stderr, "the server to listen again")
-    late = federation.client("clinic-0")
+    late = federation.warm_client("clinic-0")
     assert late.wait() == 1
     assert "certificate has expired" in late.stderr
     [link] = server.workers()
@@ -331,7 +332,7 @@ def test_a_key_that_others_can_read_is_not_used(
     key = federation.folder / "sites" / "clinic-0" / "keys" / "identity.key"
     assert key.stat().st_mode & 0o777 == 0o600
     key.chmod(0o644)
-    client = federation.client("clinic-0")
+    client = federation.warm_client("clinic-0")
     assert client.wait() == 2
     assert "others can read this private key" in client.stderr
     assert "chmod 600" in client.stderr

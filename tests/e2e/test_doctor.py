@@ -89,7 +89,7 @@ def run(
     assert {name: now[name] for name in untouched} == untouched
     assert {name.split("/")[0] for name in now.keys() - untouched.keys()} == {"run"}
 
-    clients = [federation.client(name) for name in SITES]
+    clients = [federation.warm_client(name) for name in SITES]
     assert server.wait() == 0, server.stderr
     for client in clients:
         assert client.wait() == 0, client.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import secrets
 import shutil
 import socket
 import ssl
@@ -73,7 +74,7 @@ class Server:
             keys / SERVER_CERTIFICATE,
             keys / SERVER_KEY,
             None,
-            folder / "log",
+            folder / f"{secrets.token_hex(4)}.log",  # several may run at a time
             base,
             digest,
         )

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import httpx
 import pytest
 from flwr.app import Message, RecordDict
 
+from fedtune.deploy import superlink
 from fedtune.deploy.client import _Site
 from fedtune.deploy.keys import (
     AUTHORITY,
@@ -38,7 +40,7 @@ from fedtune.errors import (
     ServerUnreachable,
     TrainingError,
 )
-from fedtune.flower import fleet_grid
+from fedtune.flower import fleet_grid, internals
 from fedtune.flower.envelope import FAREWELL, reply, unwrap, wrap
 from fedtune.flower.fleet_grid import FleetGrid
 from fedtune.flower.network import NodeConnection
@@ -46,18 +48,19 @@ from fedtune.flower.runtime import RunTicket
 
 _FORK = multiprocessing.get_context("fork")
 DEADLINE = 90.0
+LARGEST = 20_000_000  # bytes of a message
 
 
 class Network:
-    """A SuperLink that two sites, `a` and `b`, may connect to."""
+    """A SuperLink that two sites, `a` and `b`, may connect to, and `c` not."""
 
     def __init__(self, folder: Path, on_disk: bool = False) -> None:
         self.folder, self._on_disk = folder, on_disk
         make_server_keys(folder / "server", ["127.0.0.1"])
-        public = [make_site_keys(folder / name, name) for name in ("a", "b")]
-        members = make_roster(folder / "roster.toml", folder / "server", public)
+        public = [make_site_keys(folder / name, name) for name in ("a", "b", "c")]
+        members = make_roster(folder / "roster.toml", folder / "server", public[:2])
         self.link = SuperLinkProcess(self.doors(0), members.transport)
-        self.grid = FleetGrid(self.link.address, self.link.ticket, 20_000_000)
+        self.grid = FleetGrid(self.link.address, self.link.ticket, LARGEST)
         self._sites: list[Any] = []
 
     def doors(self, port: int) -> Doors:
@@ -75,7 +78,7 @@ class Network:
     def connection(
         self,
         name: str,
-        largest: int = 20_000_000,
+        largest: int = LARGEST,
         port: int = 0,
         kind: type[NodeConnection] = NodeConnection,
     ) -> NodeConnection:
@@ -119,6 +122,24 @@ class Network:
         message = Message(wrap(payload), node, "train", group_id="1")
         return list(self.grid.send_and_receive([message], timeout=timeout))
 
+    def end_sites(self) -> None:
+        """As before anybody came: nobody is connected, and no message is left for anybody."""
+        for process in self._sites:
+            process.kill()
+            process.join()
+        self._sites.clear()
+        self.grid._largest = LARGEST
+        for name in ("a", "b"):
+            connection = self.connection(name)
+            connection.activate()
+            left = True
+            while left:
+                with suppress(ServerRefused):  # one that is too large
+                    left = connection.pull() is not None
+            connection.leave()
+            connection.close()
+        assert self.grid.activations() == {}
+
     def close(self) -> None:
         for process in self._sites:
             process.kill()
@@ -127,9 +148,28 @@ class Network:
         self.link.close()
 
 
-@pytest.fixture(params=[False, True], ids=["memory", "disk"])
-def network(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Network]:
-    made = Network(tmp_path, request.param)
+@pytest.fixture(scope="module", params=[False, True], ids=["memory", "disk"])
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Network]:
+    """Two networks for all tests of this file: it takes seconds to start one."""
+    made = Network(tmp_path_factory.mktemp("network"), request.param)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def network(shared: Network) -> Iterator[Network]:
+    # In whose name a message is made is a global of Flower.
+    internals.become_task(shared.link.ticket.run_id, internals.SERVER_NODE)
+    yield shared
+    shared.end_sites()
+
+
+@pytest.fixture
+def own_network(tmp_path: Path) -> Iterator[Network]:
+    """One that a test may end."""
+    made = Network(tmp_path)
     yield made
     made.close()
 
@@ -214,7 +254,6 @@ def test_whether_a_site_is_let_in_can_be_asked(network: Network) -> None:
     assert asking.is_admitted()
     assert network.grid.activations() == before
     connected.beat()
-    make_site_keys(network.folder / "c", "c")  # who is in no roster
     assert not network.connection("c").is_admitted()
     assert network.grid.activations() == before
 
@@ -232,7 +271,6 @@ def test_clocks_may_differ(network: Network, minutes: int) -> None:
 
 
 def test_a_stranger_is_refused_and_told_why(network: Network) -> None:
-    make_site_keys(network.folder / "c", "c")
     with pytest.raises(ServerRefused, match="no such transport key"):
         network.connection("c").activate()
 
@@ -256,18 +294,18 @@ def test_without_the_token_nothing_is_sent(network: Network) -> None:
     network.grid.activations()
 
 
-def test_nobody_answers(network: Network) -> None:
-    connection = network.connection("a")
-    network.link.close()
+def test_nobody_answers(own_network: Network) -> None:
+    connection = own_network.connection("a")
+    own_network.link.close()
     with pytest.raises(ServerUnreachable):
         connection.activate()
     with pytest.raises(ServerUnreachable):
-        network.grid.activations()
+        own_network.grid.activations()
 
 
-def test_a_port_that_is_taken_is_told(network: Network) -> None:
+def test_a_port_that_is_taken_is_told(network: Network, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{network.link.port}"):
-        SuperLinkProcess(network.doors(network.link.port), {})
+        SuperLinkProcess(replace(network.doors(network.link.port), log=tmp_path / "log"), {})
 
 
 @pytest.mark.parametrize("alike", [False, True])
@@ -280,7 +318,7 @@ def test_a_message_that_is_too_large_is_not_taken(network: Network, alike: bool)
     connection = network.connection("a", largest=1_000_000)
     connection.activate()
     [node] = network.grid.activations()
-    content = bytes(200_000_000) if alike else os.urandom(200_000_000)
+    content = bytes(100_000_000) if alike else os.urandom(100_000_000)
     network.grid.push_messages([Message(wrap(content), node, "train", group_id="1")])
     del content
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -389,10 +427,10 @@ def test_a_site_answers_whatever_it_is_asked(network: Network, tmp_path: Path) -
     assert process.is_alive()
 
 
-@pytest.mark.parametrize("network", [False], indirect=True, ids=["memory"])
+@pytest.mark.parametrize("shared", [False], indirect=True, ids=["memory"])
 def test_a_large_message_is_in_a_sites_memory_once(network: Network, tmp_path: Path) -> None:
     """The request is let go before the answer comes, and neither is held twice."""
-    size, peaks = 100_000_000, tmp_path / "peaks"
+    size, peaks = 50_000_000, tmp_path / "peaks"
     network.grid._largest = 2 * size
 
     def memory(name: str) -> int:
@@ -462,7 +500,7 @@ class _Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize("network", [False], indirect=True, ids=["memory"])
+@pytest.mark.parametrize("shared", [False], indirect=True, ids=["memory"])
 def test_what_got_through_a_broken_line_is_not_sent_again(network: Network) -> None:
     """Each connection is cut after 12 MB; 40 MB go down and up again all the same."""
     size = 40_000_000
@@ -517,9 +555,9 @@ def test_half_an_answer_keeps_nobody_waiting(network: Network) -> None:
 
 
 def test_a_site_that_has_heard_that_the_run_is_over_ends_without_the_server(
-    network: Network,
+    own_network: Network,
 ) -> None:
-    link = network.link._process.pid
+    link = own_network.link._process.pid
 
     class Cut(NodeConnection):
         def push(self, answer: Message, seconds: float) -> None:
@@ -528,15 +566,15 @@ def test_a_site_that_has_heard_that_the_run_is_over_ends_without_the_server(
 
     def work() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        connection = network.connection("a", kind=Cut)
+        connection = own_network.connection("a", kind=Cut)
         os._exit(_Site(connection, _Worker(), True, print, "the server").run())
 
     process = _FORK.Process(target=work, daemon=True)
     process.start()
-    network._sites.append(process)
-    network.wait(lambda: len(network.grid.activations()) == 1)
-    [node] = network.grid.activations()
-    network.grid.push_messages([Message(wrap(b"3 rounds"), node, FAREWELL)])
+    own_network._sites.append(process)
+    own_network.wait(lambda: len(own_network.grid.activations()) == 1)
+    [node] = own_network.grid.activations()
+    own_network.grid.push_messages([Message(wrap(b"3 rounds"), node, FAREWELL)])
     process.join(DEADLINE)
     assert process.exitcode == 0
 
@@ -548,26 +586,34 @@ def test_old_versions_of_tls_are_refused(network: Network) -> None:
         http.get(f"https://127.0.0.1:{network.link.port}/")
 
 
-def test_it_ends_when_its_server_is_killed(tmp_path: Path) -> None:
-    """Its standard input closes: no process of ours is left behind."""
+def test_it_ends_when_its_server_is_killed_and_the_next_one_waits_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its standard input closes: no process of ours is left behind, and none is in the way."""
     reader, writer = os.pipe()
 
     def server() -> None:
         made = Network(tmp_path)
-        os.write(writer, f"{made.link._process.pid} ".encode())
+        os.write(writer, f"{made.link._process.pid} {made.link.port}\n".encode())
         time.sleep(DEADLINE)
 
     process = _FORK.Process(target=server)
     process.start()
-    link = int(os.read(reader, 20))
+    with os.fdopen(reader) as lines:
+        link, port = map(int, lines.readline().split())
+    os.close(writer)
+    os.kill(link, signal.SIGSTOP)  # as slow as it can be
     process.kill()
     process.join()
-    deadline = time.monotonic() + DEADLINE
-    while Path(f"/proc/{link}").exists():
-        state = Path(f"/proc/{link}/stat").read_text().rpartition(")")[2].split()[0]
-        if state == "Z":
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.close(reader)
-    os.close(writer)
+    keys = tmp_path / "server"
+    log = tmp_path / "superlink.log"
+    doors = Doors("127.0.0.1", port, keys / SERVER_CERTIFICATE, keys / SERVER_KEY, None, log)
+    with monkeypatch.context() as patch:
+        patch.setattr(superlink, "LAST_SECONDS", 0.2)
+        with pytest.raises(ConfigError, match="earlier server still runs"):
+            SuperLinkProcess(doors, {})
+    os.kill(link, signal.SIGCONT)
+    with SuperLinkProcess(doors, {}) as again:
+        assert again.port == port
+        state = Path(f"/proc/{link}/stat")
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
