@@ -99,9 +99,14 @@ def padded(data: TokenizedTexts, rows: NDArray[np.int64], pad_id: int) -> Batch:
 def with_next_tokens(data: TokenizedTexts, rows: NDArray[np.int64], pad_id: int) -> Batch:
     """The same texts; each position's label is the token that follows, `IGNORED` if none does."""
     ids, mask, _ = padded(data, rows, pad_id)
+    return Batch(ids, mask, next_tokens(ids, mask))
+
+
+def next_tokens(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The labels of a language model, int64 `[batch · longest]`: see `with_next_tokens`."""
     labels = np.full_like(ids, IGNORED)
     labels[:, :-1] = np.where(mask[:, 1:] == 1, ids[:, 1:], IGNORED)
-    return Batch(ids, mask, labels.reshape(-1))
+    return labels.reshape(-1)
 
 
 Collate = Callable[[TokenizedTexts, NDArray[np.int64], int], Batch]
