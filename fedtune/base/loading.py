@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -42,17 +44,19 @@ def load_frozen(auto: Any, folder: Path, **arguments: Any) -> nn.Module:
     Raises `BaseModelError`, also if a weight is not in the file.
     """
     source: dict[str, Any] = _source(folder) or {"use_safetensors": True}
+    module: nn.Module
     try:
-        module: nn.Module
-        module, found = auto.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **source,
-            **arguments,
-        )
+        # Of a GGUF file's conversion a progress bar would be drawn.
+        with contextlib.redirect_stderr(io.StringIO()):
+            module, found = auto.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **source,
+                **arguments,
+            )
     except Exception as error:  # transformers raises its own kinds for broken configurations
         raise BaseModelError(
             f"base model {folder}: cannot be loaded: {first_line(error)}"

@@ -16,6 +16,7 @@ from fedtune.adapter.lora import AttachedAdapter
 from fedtune.config import Task
 from fedtune.edge.build.graph import IR_VERSION, OPSET
 from fedtune.edge.build.model import logits_of
+from fedtune.edge.build.output_layer import use_as_it_lies
 from fedtune.errors import BaseModelError
 
 BATCH, TOKENS, LONGEST = "batch", "tokens", 1 << 16
@@ -93,6 +94,8 @@ def export_forward(adapter: AttachedAdapter, task: Task, training: bool) -> onnx
     model: onnx.ModelProto = program.model_proto
     model.ir_version = IR_VERSION
     _name_dimensions(model)
+    if task == "causal-lm":
+        use_as_it_lies(model)
     return model
 
 
