@@ -27,20 +27,13 @@ from fedtune.edge.build.schedule import order
 from fedtune.edge.build.shared import write_graphs
 from fedtune.edge.build.training import make_training
 from fedtune.edge.engines import gradient_name
+from fedtune.edge.runtime import installed_builds
 from fedtune.errors import ArtifactError
 from fedtune.files import sync_folder, write_atomic
 
 Say = Callable[[str], None]
 LABELS = "labels"
-_BUILT_WITH = (
-    "fedtune",
-    "torch",
-    "transformers",
-    "peft",
-    "onnx",
-    "onnxscript",
-    "onnxruntime-training-cpu",
-)
+_BUILT_WITH = ("fedtune", "torch", "transformers", "peft", "onnx", "onnxscript")
 
 
 def build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifest:
@@ -200,7 +193,7 @@ def _manifest(
         pad_id=model.pad_id,
         end_id=model.base.end_id if isinstance(model.base, CausalBase) else None,
         dropout=config.adapter.dropout,
-        built_with={name: metadata.version(name) for name in _BUILT_WITH},
+        built_with={name: metadata.version(name) for name in _BUILT_WITH} | installed_builds(),
         graphs=dict(graphs),
         memory=dict(memory),
         files=listed,

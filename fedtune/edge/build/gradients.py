@@ -191,12 +191,9 @@ def _matmul(graph: Graph, node: NodeProto, gradient: str) -> dict[int, str]:
         return {0: _reshaped(graph, by_left, left), 1: by_right}
     if len(a) != len(b):
         raise ValueError(f"there is no gradient for MatMul of {a} by {b}")
-    by_left = graph.add(
-        "MatMul", [gradient, _turned(graph, right)], (*_wide(graph, node)[:-1], a[-1])
-    )
-    by_right = graph.add(
-        "MatMul", [_turned(graph, left), gradient], (*_wide(graph, node)[:-2], *b[-2:])
-    )
+    batches = _wide(graph, node)[:-2]
+    by_left = graph.add("MatMul", [gradient, _turned(graph, right)], (*batches, *a[-2:]))
+    by_right = graph.add("MatMul", [_turned(graph, left), gradient], (*batches, *b[-2:]))
     return {0: _unbroadcast(graph, by_left, left), 1: _unbroadcast(graph, by_right, right)}
 
 

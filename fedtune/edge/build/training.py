@@ -16,6 +16,8 @@ from fedtune.edge.runtime import import_training
 from fedtune.errors import BaseModelError
 from fedtune.train.texts import IGNORED
 
+_OUTPUTS = {"Dropout": 2, "LayerNormalization": 3}
+
 
 def make_training(
     forward: onnx.ModelProto, adapter: Mapping[str, NDArray[np.float32]]
@@ -32,7 +34,7 @@ def make_training(
     model.graph.input.extend(inputs)
     for name, value in adapter.items():
         model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-    _prepare_normalizations(model.graph)
+    _prepare_gradients(model.graph)
     import_training()
     from onnxruntime.training import artifacts
     from onnxruntime.training.onnxblock.loss import CrossEntropyLoss
@@ -56,8 +58,8 @@ def make_training(
     return training, checkpoint
 
 
-def _prepare_normalizations(graph: onnx.GraphProto) -> None:
-    """Statistics as outputs, which the gradient reads, and weights that no two nodes share.
+def _prepare_gradients(graph: onnx.GraphProto) -> None:
+    """Outputs that only a gradient reads, and weights of normalizations that no two nodes share.
 
     Weights that are equal, as in a model that was never trained, are one constant, whose gradient
     would be defined twice.
@@ -65,11 +67,11 @@ def _prepare_normalizations(graph: onnx.GraphProto) -> None:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     taken: set[str] = set()
     for node in graph.node:
+        for place in range(1, _OUTPUTS.get(node.op_type, 0)):
+            if len(node.output) <= place:
+                node.output.append(f"{node.output[0]}_output_{place}")
         if node.op_type != "LayerNormalization":
             continue
-        for place in (1, 2):
-            if len(node.output) <= place:
-                node.output.append(f"{node.output[0]}_statistic_{place}")
         for place, name in enumerate(node.input):
             if place and name in taken:
                 copy = graph.initializer.add()
