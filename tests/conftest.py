@@ -80,6 +80,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """See `write_tiny_decoder`."""
+    from tiny_decoder import write_tiny_decoder
+
+    return write_tiny_decoder(tmp_path_factory.mktemp("models") / "tiny-llama", texts)
+
+
+@pytest.fixture(scope="session")
 def build_artifacts() -> Callable[..., Any]:
     """Build edge artifacts of a configuration; the model of which they were made."""
     from fedtune.config import parse_config

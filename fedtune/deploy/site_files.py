@@ -88,7 +88,7 @@ class SiteFiles:
         if not machine.base and digest and (folder := found.fetched_base(digest)).is_dir():
             base = federation.base.model_copy(update={"path": str(folder)})
             federation = federation.model_copy(update={"base": base})
-        if not federation.data.labels:
+        if federation.lacks_labels:
             raise ConfigError(
                 f"{config.site.federation}: data.labels is missing; sites must agree on the labels "
                 "and their order"

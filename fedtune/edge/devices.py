@@ -57,7 +57,14 @@ def make_trainer(
     engine = open_engine(runtime, folder, artifacts.tensors, threads, found.dropout > 0)
     forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads)
     return EdgeTrainer(
-        artifacts.tensors, found.base_digest, found.pad_id, engine, forward, settings, moments
+        artifacts.tensors,
+        found.base_digest,
+        found.task,
+        found.pad_id,
+        engine,
+        forward,
+        settings,
+        moments,
     )
 
 

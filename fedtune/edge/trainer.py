@@ -13,17 +13,19 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.config import Task
 from fedtune.edge.engines import Engine, feeds
 from fedtune.edge.optimizer import Moments, Optimizer, clip_norm, make_optimizer
 from fedtune.edge.runtime import open_session
 from fedtune.errors import TrainingError
 from fedtune.privacy.randomness import SecureRandom
 from fedtune.train.private import RecordPrivacy, private_gradient
-from fedtune.train.texts import Batch, TokenizedTexts, padded
+from fedtune.train.texts import COLLATE, IGNORED, Batch, TokenizedTexts
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
 from fedtune.types import Float32Vector, Manifest
 
-EVALUATION_BATCH = 64
+# Rows of a batch in an evaluation. A language model's logits are many for a single text.
+EVALUATED_AT_ONCE: dict[Task, int] = {"text-classification": 64, "causal-lm": 1}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class FreshMoments:
 
 
 class ForwardModel:
-    """The forward graph: logits (float32 `[batch, labels]`) without gradients.
+    """The forward graph: logits without gradients, float32.
+
+    They are `[batch, labels]` of a classifier, `[batch · tokens, vocabulary]` of a language model.
 
     It is opened when it is first asked: most devices only train.
     """
@@ -85,6 +89,7 @@ class EdgeTrainer:
         self,
         manifest: Manifest,
         base_digest: str,
+        task: Task,
         pad_id: int,
         engine: Engine,
         forward: ForwardModel,
@@ -92,7 +97,7 @@ class EdgeTrainer:
         moments: MomentStore | None = None,
     ) -> None:
         self._manifest, self._base_digest = manifest, base_digest
-        self._pad_id = pad_id
+        self._task, self._pad_id = task, pad_id
         self._engine, self._forward = engine, forward
         self._settings = settings
         self._moments = moments or FreshMoments()
@@ -136,17 +141,26 @@ class EdgeTrainer:
         """Evaluate in micro-batches of similar length."""
         texts = _texts(data)
         order = np.argsort(texts.lengths, kind="stable")
-        loss_sum = 0.0
-        predictions = np.empty(len(texts), np.int64)
-        for rows in _parts(order, min(EVALUATION_BATCH, self._settings.micro_batch)):
-            batch = padded(texts, rows, self._pad_id)
+        loss_sum, classes = 0.0, self._task == "text-classification"
+        found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        at_once = min(EVALUATED_AT_ONCE[self._task], self._settings.micro_batch)
+        for rows in _parts(order, at_once):
+            batch = self._batch(texts, rows)
             logits = self._forward.logits(adapter, batch).astype(np.float64)
-            loss_sum += float(cross_entropy(logits, batch.labels).sum())
-            predictions[rows] = logits.argmax(-1)
-        labels = texts.labels[order]
-        correct = int((predictions[order] == labels).sum())
+            losses = cross_entropy(logits, batch.labels)
+            if classes:
+                loss_sum += float(losses.sum())
+                found.append(logits.argmax(-1))
+            else:  # of each text the mean over its tokens
+                followed = (batch.labels != IGNORED).reshape(len(rows), -1).sum(1)
+                loss_sum += float((losses.reshape(len(rows), -1).sum(1) / followed).sum())
         # In the order in which they were asked, as a trainer with PyTorch gives them.
-        return Evaluation(len(texts), loss_sum, correct, predictions[order], labels)
+        predictions, labels = np.concatenate(found), texts.labels[order[: len(order) * classes]]
+        correct = int((predictions == labels).sum())
+        return Evaluation(len(texts), loss_sum, correct, predictions, labels)
+
+    def _batch(self, data: TokenizedTexts, rows: NDArray[np.int64]) -> Batch:
+        return COLLATE[self._task](data, rows, self._pad_id)
 
     def _descend(
         self,
@@ -170,11 +184,11 @@ class EdgeTrainer:
     ) -> tuple[float, Float32Vector]:
         """Mean loss and gradient of a batch, put together of those of its micro-batches."""
         loss, gradient = 0.0, np.zeros_like(adapter)
+        whole = _labels_that_count(self._batch(data, rows))
         for part in _parts(rows, self._settings.micro_batch):
-            part_loss, part_gradient = self._engine.gradient(
-                adapter, padded(data, part, self._pad_id)
-            )
-            share = len(part) / len(rows)
+            batch = self._batch(data, part)
+            part_loss, part_gradient = self._engine.gradient(adapter, batch)
+            share = _labels_that_count(batch) / whole
             loss += share * part_loss
             gradient += np.float32(share) * part_gradient
         return loss, gradient
@@ -192,7 +206,7 @@ class EdgeTrainer:
         random = SecureRandom()
 
         def gradient(row: int) -> Float32Vector:
-            return self._engine.gradient(trained, padded(data, np.array([row]), self._pad_id))[1]
+            return self._engine.gradient(trained, self._batch(data, np.array([row])))[1]
 
         for lr in plan.learning_rates:
             found = private_gradient(
@@ -202,11 +216,19 @@ class EdgeTrainer:
 
 
 def cross_entropy(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The loss of each row, float64 `[n]`; `logits` is float64 `[n, classes]`."""
+    """The loss of each row, float64 `[n]`, 0 where the label is `IGNORED`.
+
+    `logits` is float64 `[n, classes]`.
+    """
     shifted = logits - logits.max(-1, keepdims=True)
     total = np.log(np.exp(shifted).sum(-1))
-    found: NDArray[np.float64] = total - shifted[np.arange(len(labels)), labels]
-    return found
+    counts = labels != IGNORED
+    found = total - shifted[np.arange(len(labels)), np.where(counts, labels, 0)]
+    return np.where(counts, found, 0.0)
+
+
+def _labels_that_count(batch: Batch) -> int:
+    return int((batch.labels != IGNORED).sum())
 
 
 def _texts(data: Dataset) -> TokenizedTexts:

@@ -61,7 +61,7 @@ def _read(path: Path) -> Verdict[_Files]:
     try:
         listen = load_server(folder / SETTINGS).server
         federation = load_config(path, values={"base.path": listen.base or None})
-        if not federation.data.labels:
+        if federation.lacks_labels:
             raise ConfigError(f"{path}: data.labels is missing; name the labels in their order")
     except ConfigError as error:
         return Verdict("problem", str(error), CORRECT)

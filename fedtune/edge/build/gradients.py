@@ -17,7 +17,6 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from fedtune.edge.build.graph import Dim, Graph
 
-IGNORED = -100  # a label that does not count, as in torch
 FLOAT = np.float32
 
 Rule = Callable[[Graph, NodeProto, str], dict[int, str]]

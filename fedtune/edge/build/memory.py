@@ -10,6 +10,7 @@ from typing import get_args
 
 import numpy as np
 
+from fedtune.config import Task
 from fedtune.edge.artifacts import Memory, Precision
 from fedtune.edge.devices import Runtime, open_engine
 from fedtune.edge.runtime import import_runtime, import_training, use_little_memory
@@ -22,7 +23,7 @@ from fedtune.types import Manifest
 _STEPS = ((1, 16), (8, 32), (1, 192), (8, 96))
 
 
-def measure(out: Path, manifest: Manifest, longest: int) -> dict[str, Memory]:
+def measure(out: Path, task: Task, manifest: Manifest, longest: int) -> dict[str, Memory]:
     """`Memory` of each runtime and precision, by `RUNTIME/PRECISION`.
 
     Empty on systems that do not say what a process holds. Raises `ArtifactError` if a step fails.
@@ -30,18 +31,23 @@ def measure(out: Path, manifest: Manifest, longest: int) -> dict[str, Memory]:
     if not resident_memory():
         return {}
     return {
-        f"{runtime}/{precision}": _fit(out, runtime, precision, manifest, longest)
+        f"{runtime}/{precision}": _fit(out, task, runtime, precision, manifest, longest)
         for runtime in get_args(Runtime)
         for precision in get_args(Precision)
     }
 
 
 def _fit(
-    out: Path, runtime: Runtime, precision: Precision, manifest: Manifest, longest: int
+    out: Path,
+    task: Task,
+    runtime: Runtime,
+    precision: Precision,
+    manifest: Manifest,
+    longest: int,
 ) -> Memory:
     steps = [(rows, min(tokens, longest)) for rows, tokens in _STEPS]
     shapes = [[tensor.name, list(tensor.shape)] for tensor in manifest.tensors]
-    asked = json.dumps([str(out / precision), runtime, shapes, steps])
+    asked = json.dumps([str(out / precision), task, runtime, shapes, steps])
     process = subprocess.run(  # this interpreter, this package
         [sys.executable, "-m", "fedtune.edge.build.memory"],
         input=asked,
@@ -65,7 +71,7 @@ def _fit(
 
 def main() -> None:
     """Print what each step takes, in bytes above what there was before the model was loaded."""
-    folder, runtime, shapes, steps = json.loads(sys.stdin.read())
+    folder, task, runtime, shapes, steps = json.loads(sys.stdin.read())
     manifest = Manifest.of((name, tuple(shape)) for name, shape in shapes)
     # As on a device: where torch is, ONNX Runtime's training build imports it.
     sys.modules["torch"] = None  # type: ignore[assignment]  # what makes an import fail
@@ -77,7 +83,8 @@ def main() -> None:
     found = []
     for rows, tokens in steps:
         ids = np.ones((rows, tokens), np.int64)
-        batch = Batch(ids, ids, np.zeros(rows, np.int64))
+        labels = np.zeros(rows if task == "text-classification" else rows * tokens, np.int64)
+        batch = Batch(ids, ids, labels)
         forget_peak_memory()
         for _ in range(2):  # the second one finds the first one's gradients still there
             engine.gradient(adapter, batch)

@@ -14,10 +14,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from fedtune.edge.build.gradients import IGNORED
 from fedtune.edge.build.graph import IR_VERSION
 from fedtune.edge.runtime import import_training
 from fedtune.errors import BaseModelError
+from fedtune.train.texts import IGNORED
 
 _OUTPUTS = {"Dropout": 2, "LayerNormalization": 3}
 
