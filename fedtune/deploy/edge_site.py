@@ -13,7 +13,7 @@ from fedtune.data import TextExamples
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
 from fedtune.edge.artifacts import EdgeArtifacts
-from fedtune.edge.devices import fit, make_trainer
+from fedtune.edge.devices import Runtime, fit, make_losses, make_trainer
 from fedtune.edge.optimizer import Moments
 from fedtune.edge.tokens import EdgeTokenizer
 from fedtune.edge.trainer import EdgeSettings, MomentStore
@@ -21,6 +21,8 @@ from fedtune.errors import ConfigError
 from fedtune.files import write_atomic
 from fedtune.resources import resident_memory
 from fedtune.round.local import record_privacy
+from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
+from fedtune.train.trainer import Trainer
 
 
 def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> SiteTraining:
@@ -33,7 +35,8 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
     tokenizer = EdgeTokenizer(artifacts, length)
     rows = tokenizer.prepare(train)
     if machine.max_memory_mb is not None:
-        memory = artifacts.manifest.memory.get(f"{machine.runtime}/{machine.precision}")
+        step = "forward" if config.train.method == "forward-only" else machine.runtime
+        memory = artifacts.manifest.memory.get(f"{step}/{machine.precision}")
         if memory is None:
             raise ConfigError(
                 "machine.max-memory-mb: the artifacts do not say what a step takes; build them on "
@@ -45,17 +48,7 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
         if fitting < longest:
             tokenizer = EdgeTokenizer(artifacts, fitting)
             rows = tokenizer.prepare(train)
-    settings = EdgeSettings(
-        config.train.optimizer,
-        config.train.weight_decay,
-        config.train.max_grad_norm,
-        record_privacy(config, len(train)),
-        micro_batch,
-    )
-    moments = MomentFile(files.find(machine.moments)) if machine.moments else None
-    trainer = make_trainer(
-        artifacts, machine.runtime, machine.precision, config.train.threads, settings, moments
-    )
+    trainer = _trainer(files, artifacts, micro_batch, len(train))
     parts = f", {micro_batch} at a time" if micro_batch < config.train.batch_size else ""
     return SiteTraining(
         trainer,
@@ -75,6 +68,32 @@ def open_artifacts(files: SiteFiles) -> EdgeArtifacts:
     artifacts = EdgeArtifacts(files.find(machine.artifacts), machine.artifacts_digest)
     artifacts.check(config)
     return artifacts
+
+
+def _trainer(
+    files: SiteFiles, artifacts: EdgeArtifacts, micro_batch: int, examples: int
+) -> Trainer:
+    config, machine = files.federation, files.config.machine
+    threads = config.train.threads
+    if config.train.method == "forward-only":
+        if machine.moments:
+            raise ConfigError(
+                "machine.moments keeps what AdamW remembers, and train.method = forward-only has "
+                "no AdamW; leave it out"
+            )
+        directions = directions_of(config, artifacts.tensors, artifacts.initial())
+        losses = make_losses(artifacts, machine.precision, threads, micro_batch)
+        return ForwardOnlyTrainer(losses, directions, config.train.perturbation)
+    settings = EdgeSettings(
+        config.train.optimizer,
+        config.train.weight_decay,
+        config.train.max_grad_norm,
+        record_privacy(config, examples),
+        micro_batch,
+    )
+    moments = MomentFile(files.find(machine.moments)) if machine.moments else None
+    runtime: Runtime = "ort" if machine.runtime == "ort" else "stepgraph"
+    return make_trainer(artifacts, runtime, machine.precision, threads, settings, moments)
 
 
 class MomentFile(MomentStore):

@@ -36,7 +36,7 @@ class ServerAudit(Observer):
         self._log.append(
             Event.SERVER_STARTED,
             {
-                **agreement(job.config, job.base_digest, job.adapter.manifest, authority.roster),
+                **agreement(job.config, job.base_digest, job.manifest, authority.roster),
                 "run": run.journal.identity()["run_id"],
                 "sites": tuple(client.name for client in job.clients),
                 "resumed-after-round": len(records),

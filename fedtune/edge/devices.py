@@ -10,7 +10,13 @@ from fedtune.edge import artifacts as files
 from fedtune.edge.artifacts import EdgeArtifacts, Memory, Precision
 from fedtune.edge.engines import Engine, StepGraphEngine, TrainingEngine
 from fedtune.edge.runtime import use_little_memory
-from fedtune.edge.trainer import EdgeSettings, EdgeTrainer, ForwardModel, MomentStore
+from fedtune.edge.trainer import (
+    EdgeLosses,
+    EdgeSettings,
+    EdgeTrainer,
+    ForwardModel,
+    MomentStore,
+)
 from fedtune.errors import ConfigError
 from fedtune.types import Manifest
 
@@ -66,6 +72,17 @@ def make_trainer(
         settings,
         moments,
     )
+
+
+def make_losses(
+    artifacts: EdgeArtifacts, precision: Precision, threads: int, micro_batch: int
+) -> EdgeLosses:
+    """What training without gradients needs, on any ONNX Runtime; raises `ArtifactError`."""
+    use_little_memory()
+    graph = artifacts.path(f"{precision}/{files.FORWARD}")
+    forward = ForwardModel(graph, artifacts.tensors, threads)
+    found = artifacts.manifest
+    return EdgeLosses(forward, found.base_digest, found.task, found.pad_id, micro_batch)
 
 
 def fit(memory: Memory, budget: float, batch_size: int, tokens: int) -> tuple[int, int]:

@@ -16,6 +16,9 @@ from fedtune.errors import ArtifactError
 from fedtune.train.texts import TokenizedTexts, ended
 
 
+_NO_LIMIT = 1 << 30  # tokens
+
+
 class EdgeTokenizer:
     """The tokenizer of a base model, which cuts texts to `max_length` tokens, or not if None."""
 
@@ -37,5 +40,5 @@ class EdgeTokenizer:
         """The texts as the trainer takes them; raises `DataError`."""
         rows = [one.ids for one in self._tokenizer.encode_batch(list(examples.texts))]
         if self._end_id is not None:
-            rows = ended(rows, self._end_id, self._max_length)
+            rows = ended(rows, self._end_id, self._max_length or _NO_LIMIT)
         return TokenizedTexts.of(rows, examples.labels)

@@ -104,10 +104,13 @@ def site_memory(config: Config, shape: ModelShape, tokens: int, process: int) ->
 
     process + base · 4 + adapter · 52 + 2.5 · activations + 120 MiB. `process` is what a process
     holds that has imported what trains, `tokens` the longest row's, at most base.max-length.
-    With record-level privacy a step takes one row at a time.
+    With record-level privacy a step takes one row at a time. Without gradients, nothing is kept of
+    a layer that is passed.
     """
     rows = 1 if config.privacy.unit == "record" else config.train.batch_size
     kept = int(FRAGMENTATION * activations(shape, rows, tokens))
+    if config.train.method == "forward-only":
+        kept //= max(1, shape.layers)
     model = shape.base * _FLOAT + shape.adapter * _SITE_VECTORS
     return process + model + kept + NETWORK_PROCESS
 

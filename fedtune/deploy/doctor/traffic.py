@@ -46,6 +46,7 @@ def predict_traffic(config: Config, size: int, name: str, names: Sequence[str]) 
     All that are asked answer. A round in which the server asks for scores takes another adapter
     down.
     """
+    size = config.values_sent(size)
     if config.secagg.enabled:
         return _masked(config, size, name, sorted(names))
     adapter = bytes(4 * size)
@@ -66,6 +67,7 @@ def site_disk(config: Config, size: int, clients: int) -> int:
 
 def packed_update(config: Config, size: int, clients: int) -> int:
     """Bytes of the values that a client sends, in a federation of `clients`."""
+    size = config.values_sent(size)
     if not config.secagg.enabled:
         return size * 4
     cohort = min(config.rounds.clients_per_round or clients, clients)
