@@ -15,7 +15,6 @@ from fedtune.edge.artifacts import EdgeArtifacts
 from fedtune.errors import ArtifactError
 from fedtune.train.texts import TokenizedTexts, ended
 
-
 _NO_LIMIT = 1 << 30  # tokens
 
 
