@@ -31,6 +31,7 @@ DIRECTIONS, PERTURBATION = 4096, 0.1
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Task = Literal["text-classification", "causal-lm"]
 
 
 class _Table(BaseModel):
@@ -48,12 +49,17 @@ class Base(_Table):
     """The pretrained model that nobody changes."""
 
     path: str = Field(default="all-MiniLM-L6-v2", min_length=1)
-    """A packaged name (`all-MiniLM-L6-v2`), a Hugging Face folder, or a hub id."""
+    """A packaged name (`all-MiniLM-L6-v2`, `SmolLM2-135M-Instruct`), a Hugging Face folder, a
+    folder with one GGUF file, or a hub id."""
+    task: Task = "text-classification"
+    """`text-classification`: an encoder with a new head says the label of a text. `causal-lm`: a
+    decoder says the next token; rows are texts without labels."""
     digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of its files; unset: any, as long as server and clients have the same. With it, a
     site that has no such model fetches it from the server, once."""
     pooling: Literal["mean", "cls"] = "mean"
-    """How token states become one vector per text: their mean, or the first token's."""
+    """How token states become one vector per text: their mean, or the first token's. Only for
+    `text-classification`."""
     max_length: int = Field(default=128, ge=2, le=8192)
     """Longest text in tokens; longer texts are cut."""
 
@@ -90,7 +96,7 @@ class Data(_Table):
     text_column: str = Field(default="text", min_length=1)
     """Column of the text."""
     label_column: str = Field(default="label", min_length=1)
-    """Column of the label."""
+    """Column of the label; not read for `base.task = "causal-lm"`."""
     labels: tuple[str, ...] = ()
     """The labels, in the order of the model's outputs; empty: all that occur, sorted."""
 
@@ -315,6 +321,13 @@ class Config(_Table):
         return self
 
     @model_validator(mode="after")
+    def _labels_fit_the_task(self) -> Self:
+        if self.base.task == "causal-lm" and (self.data.labels or self.base.pooling != "mean"):
+            key = "data.labels" if self.data.labels else "base.pooling"
+            raise ValueError(f"{key} is for base.task = text-classification; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _privacy_is_possible(self) -> Self:
         rule = self.aggregate.rule
         if rule != "fedavg" and (self.secagg.enabled or self.update.bits is not None):
@@ -367,6 +380,16 @@ class Config(_Table):
     def values_sent(self, adapter: int) -> int:
         """How many values travel of an adapter of so many."""
         return self.train.directions if self.train.method == "forward-only" else adapter
+
+    @property
+    def lacks_labels(self) -> bool:
+        """Whether the parties could not agree on what the model's outputs mean."""
+        return self.base.task == "text-classification" and not self.data.labels
+
+    @property
+    def label_column(self) -> str | None:
+        """The column of the labels, or None for a task without."""
+        return self.data.label_column if self.base.task == "text-classification" else None
 
     @property
     def digest(self) -> str:

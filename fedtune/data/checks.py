@@ -37,6 +37,8 @@ def _missing_labels(labels: Sequence[str], clients: Sequence[ClientData]) -> Ite
 
 
 def _single_label(labels: Sequence[str], clients: Sequence[ClientData]) -> Iterator[str]:
+    if not labels:
+        return
     single = [
         f"{client.name}: {quoted(labels[client.train.labels[0]])}"
         for client in clients

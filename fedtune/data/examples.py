@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 class TextExamples:
     """`n` labelled texts. Compared by identity, because arrays have no single truth value.
 
-    `labels` is int64 of shape `[n]`, an index into `FederatedData.labels`.
+    `labels` is int64 of shape `[n]`, an index into `FederatedData.labels`; zeros without labels.
     Raises `ValueError` if the two do not go together.
     """
 
@@ -50,9 +50,10 @@ class FederatedData:
     """The data of a whole federation.
 
     `labels` are the names of the classes: the sorted union over all clients and the test set,
-    unless the caller gave them. `test` is the common test set held by the server; None when only
-    clients have tests. `validation` is for choosing settings, never for reporting. `warnings` are
-    single lines for a person; `source` says in one line what this data is, with counts.
+    unless the caller gave them; empty for texts without labels. `test` is the common test set held
+    by the server; None when only clients have tests. `validation` is for choosing settings, never
+    for reporting. `warnings` are single lines for a person; `source` says in one line what this
+    data is, with counts.
     """
 
     labels: tuple[str, ...]

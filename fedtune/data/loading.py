@@ -12,7 +12,7 @@ from fedtune.data.holdout import hold_out
 from fedtune.data.naming import listed, sorted_names
 from fedtune.data.partitioners import partition as deal
 from fedtune.data.readers import READERS
-from fedtune.data.rows import Columns, Rows, read_rows, require_rows
+from fedtune.data.rows import UNLABELLED, Columns, Rows, read_rows, require_rows
 from fedtune.data.spec import PartitionSpec
 from fedtune.errors import ConfigError, DataError
 
@@ -27,7 +27,7 @@ def load_path(
     seed: int,
     test_fraction: float = 0.2,
     text_column: str = "text",
-    label_column: str = "label",
+    label_column: str | None = "label",
     labels: Sequence[str] | None = None,
     min_size: int = 1,
 ) -> FederatedData:
@@ -40,9 +40,10 @@ def load_path(
       `column:`). A file named `train.EXT` takes the `test.EXT` beside it as the test set; any
       other file gives `test_fraction` of its rows to the test set first.
 
-    `labels` fixes the label names and their order; None takes the union of all files. Every
-    client holds `min_size` training rows or more. `ConfigError` for a partition of a folder,
-    `DataError` for everything that is wrong with the data.
+    `labels` fixes the label names and their order; None takes the union of all files. With
+    `label_column` None the texts have no labels, and `FederatedData.labels` is empty. Every client
+    holds `min_size` training rows or more. `ConfigError` for a partition of a folder, or by labels
+    that there are not; `DataError` for everything that is wrong with the data.
     """
     if path.is_dir():
         if partition is not None:
@@ -52,6 +53,8 @@ def load_path(
             )
         return _load_folder(path, Columns(text_column, label_column), clients, labels, min_size)
     spec = partition or PartitionSpec("iid")
+    if label_column is None and spec.kind in ("dirichlet", "shards"):
+        raise ConfigError(f"{spec} divides by labels, and these texts have none; use iid")
     columns = Columns(text_column, label_column, spec.column)
     return _load_file(
         path,
@@ -101,8 +104,8 @@ def _load_folder(
     test_rows = _read_test(path, columns)
     files = [client.train for client in usable]
     files += [client.test for client in usable if client.test is not None]
-    names = _label_names(labels, files + ([test_rows] if test_rows else []))
-    index = {name: i for i, name in enumerate(names)}
+    names = _label_names(labels, columns, files + ([test_rows] if test_rows else []))
+    index = _index(names)
     held = tuple(
         ClientData(
             client.name,
@@ -124,7 +127,7 @@ def _load_folder(
         None,
         (*notes, *warnings_about(names, held, test)),
         f"{path}: {len(held)} client folders with {sum(len(c.train) for c in held):,} training "
-        f"rows, {' and '.join(tests) or 'no test rows'}, {len(names)} labels",
+        f"rows, {' and '.join(tests) or 'no test rows'}{_how_many(names)}",
     )
 
 
@@ -161,8 +164,8 @@ def _load_file(
     test_rows = None
     if path.stem == "train":
         test_rows = _read_test(path.parent, Columns(columns.text, columns.label))
-    names = _label_names(labels, [rows, test_rows] if test_rows else [rows])
-    index = {name: i for i, name in enumerate(names)}
+    names = _label_names(labels, columns, [rows, test_rows] if test_rows else [rows])
+    index = _index(names)
     train, ids = rows.encode(index), rows.clients
     if test_rows is None:
         strata = [rows.labels] if ids is None else [rows.labels, ids]
@@ -190,7 +193,7 @@ def _load_file(
         None,
         warnings_about(names, held, test),
         f"{path}: {sum(map(len, parts)):,} training rows for {clients} clients by {spec}, "
-        f"{len(test):,} {origin}, {len(names)} labels",
+        f"{len(test):,} {origin}{_how_many(names)}",
     )
 
 
@@ -218,7 +221,19 @@ def _read_test(folder: Path, columns: Columns) -> Rows | None:
     return None if file is None else require_rows(read_rows(file, columns))
 
 
-def _label_names(given: Sequence[str] | None, files: Iterable[Rows]) -> tuple[str, ...]:
+def _index(names: Sequence[str]) -> dict[str, int]:
+    return {name: place for place, name in enumerate(names or [UNLABELLED])}
+
+
+def _how_many(names: Sequence[str]) -> str:
+    return f", {len(names)} labels" if names else ""
+
+
+def _label_names(
+    given: Sequence[str] | None, columns: Columns, files: Iterable[Rows]
+) -> tuple[str, ...]:
+    if columns.label is None:
+        return ()
     if given is None:
         return sorted_names(label for rows in files for label in rows.labels)
     if not given or len(set(given)) < len(given):

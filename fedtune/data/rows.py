@@ -13,13 +13,18 @@ from fedtune.data.naming import listed, quoted
 from fedtune.data.readers import place, read_cells
 from fedtune.errors import DataError
 
+UNLABELLED = ""
+
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns to read; `client` is the one that a `column:` partition goes by."""
+    """Names of the columns to read; `client` is the one that a `column:` partition goes by.
+
+    With `label` None the texts have no labels, and each row's is `UNLABELLED`.
+    """
 
     text: str
-    label: str
+    label: str | None
     client: str | None = None
 
 
@@ -53,7 +58,7 @@ def read_rows(path: Path, columns: Columns) -> Rows:
     Texts are kept exactly as they are. Labels and clients may be strings, integers or truth
     values, and become strings.
     """
-    names = [columns.text, columns.label, *([columns.client] if columns.client else [])]
+    names = [name for name in (columns.text, columns.label, columns.client) if name]
     numbers, texts, labels, clients = [], [], [], []
     for number, cells in read_cells(path, names):
         where = place(path, number)
@@ -64,9 +69,12 @@ def read_rows(path: Path, columns: Columns) -> Rows:
             )
         numbers.append(number)
         texts.append(_usable(text, columns.text, where))
-        labels.append(_usable(_name(cells[1], columns.label, where), columns.label, where))
+        if columns.label:
+            labels.append(_usable(_name(cells[1], columns.label, where), columns.label, where))
+        else:
+            labels.append(UNLABELLED)
         if columns.client:
-            clients.append(_usable(_name(cells[2], columns.client, where), columns.client, where))
+            clients.append(_usable(_name(cells[-1], columns.client, where), columns.client, where))
     return Rows(
         path,
         tuple(numbers),

@@ -30,7 +30,7 @@ def build(federation: Path, out: Path, overrides: Sequence[str]) -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     config = load_config(federation, overrides)
-    if len(config.data.labels) < 2:
+    if config.base.task == "text-classification" and len(config.data.labels) < 2:
         raise ConfigError(f"{federation}: data.labels is missing; the graphs have one output each")
     model = TextModel(config, len(config.data.labels))
     parts = EdgeModel(model.base, model.adapter, model.pad_id, model.max_length)

@@ -30,12 +30,7 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
     config, machine = files.federation, files.config.machine
     if machine.runtime == "torch":
         raise ValueError("a site that trains with PyTorch has no artifacts")
-    if config.train.precision != "float32":
-        raise ConfigError(
-            f'train.precision = {config.train.precision} needs machine.runtime = "torch"'
-        )
-    artifacts = EdgeArtifacts(files.find(machine.artifacts), machine.artifacts_digest)
-    artifacts.check(config)
+    artifacts = open_artifacts(files)
     micro_batch, length = config.train.batch_size, artifacts.manifest.max_length
     tokenizer = EdgeTokenizer(artifacts, length)
     rows = tokenizer.prepare(train)
@@ -61,6 +56,18 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
         tokenizer.prepare(test) if test else None,
         f"{machine.runtime} {machine.precision}{parts}, artifacts {artifacts.digest[:16]}",
     )
+
+
+def open_artifacts(files: SiteFiles) -> EdgeArtifacts:
+    """The site's artifacts, which are of its federation; raises `UsageError`."""
+    config, machine = files.federation, files.config.machine
+    if config.train.precision != "float32":
+        raise ConfigError(
+            f'train.precision = {config.train.precision} needs machine.runtime = "torch"'
+        )
+    artifacts = EdgeArtifacts(files.find(machine.artifacts), machine.artifacts_digest)
+    artifacts.check(config)
+    return artifacts
 
 
 def _trainer(

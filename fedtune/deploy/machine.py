@@ -45,9 +45,11 @@ def make_machine(files: SiteFiles) -> tuple[AuditedMachine, str]:
 
 def load_training(files: SiteFiles) -> SiteTraining:
     """What trains at this site; raises `UsageError`."""
-    data = files.federation.data
+    config = files.federation
     train, test = (
-        load_examples(files.find(name), data.labels, data.text_column, data.label_column)
+        load_examples(
+            files.find(name), config.data.labels, config.data.text_column, config.label_column
+        )
         if name
         else None
         for name in (files.config.data.train, files.config.data.test)

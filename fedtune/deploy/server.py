@@ -69,7 +69,7 @@ class Deployment:
         folder = path.parent
         listen = load_server(folder / SETTINGS).server
         federation = load_config(path, values={"base.path": listen.base or None})
-        if not federation.data.labels:
+        if federation.lacks_labels:
             raise ConfigError(f"{path}: data.labels is missing; name the labels in their order")
         members = read_roster(folder / listen.roster)
         identity = read_identity(folder / listen.keys, SERVER)
@@ -187,11 +187,10 @@ def _job(deployment: Deployment) -> Job:
     config, members = deployment.federation, deployment.members
     labels, names = config.data.labels, sorted(members.transport)
     check_cohort(config, len(names))
-    data = config.data
     test = None
     if deployment.listen.test:
         file = deployment.find(deployment.listen.test)
-        test = load_examples(file, labels, data.text_column, data.label_column)
+        test = load_examples(file, labels, config.data.text_column, config.label_column)
     model = TextModel(config, len(labels))
     check_privacy(config, model.adapter.manifest.size, len(names))
     unknown = np.zeros(len(labels), np.int64)

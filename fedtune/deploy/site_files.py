@@ -88,7 +88,7 @@ class SiteFiles:
         if not machine.base and digest and (folder := found.fetched_base(digest)).is_dir():
             base = federation.base.model_copy(update={"path": str(folder)})
             federation = federation.model_copy(update={"base": base})
-        if not federation.data.labels:
+        if federation.lacks_labels:
             raise ConfigError(
                 f"{config.site.federation}: data.labels is missing; sites must agree on the labels "
                 "and their order"
@@ -102,6 +102,11 @@ class SiteFiles:
     def fetched_base(self, digest: str) -> Path:
         """Where the base model of this digest is put when it comes from the server."""
         return self.find(self.config.machine.models) / digest
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether this site loads the base model; artifacts hold what a device needs of it."""
+        return self.config.machine.runtime == "torch"
 
     def has_base(self) -> bool:
         """Whether there is a base model here; that it is the right one is seen when it is loaded.

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
-from fedtune.config import Config
+from fedtune.config import Config, Task
 from fedtune.errors import ArtifactError
 from fedtune.types import Float32Vector, Manifest, digest_of, sha256_hex
 
@@ -97,9 +97,13 @@ class EdgeManifest(_Part):
     agreed: Sha256
     """Digest of what of the configuration is in the graphs, see `agreed_digest`."""
     adapter: tuple[Tensor, ...]
-    labels: int = Field(ge=2)
+    task: Task
+    outputs: int = Field(ge=2)
+    """Labels of a classifier; tokens in the vocabulary of a language model."""
     max_length: int = Field(ge=2)
     pad_id: int = Field(ge=0)
+    end_id: int | None = Field(ge=0)
+    """The token with which a text ends, where the tokenizer does not say so by itself."""
     dropout: float = Field(ge=0, lt=1)
     built_with: dict[str, str]
     graphs: dict[FileName, GraphEntry]
@@ -113,6 +117,7 @@ def agreed_digest(config: Config) -> str:
     return digest_of(
         {
             "adapter": config.adapter.model_dump(mode="json"),
+            "task": base.task,
             "pooling": base.pooling,
             "max-length": base.max_length,
             "labels": len(config.data.labels),
@@ -156,7 +161,7 @@ class EdgeArtifacts:
             )
         if found.agreed != agreed_digest(config):
             raise ArtifactError(
-                f"{self.folder}: built for another adapter, pooling, max-length or number of "
+                f"{self.folder}: built for another task, adapter, pooling, max-length or number of "
                 "labels than the federation has; build them from its federation.toml"
             )
         if config.train.method == "forward-only" and found.seed != config.seed:

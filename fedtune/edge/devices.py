@@ -63,7 +63,14 @@ def make_trainer(
     engine = open_engine(runtime, folder, artifacts.tensors, threads, found.dropout > 0)
     forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads)
     return EdgeTrainer(
-        artifacts.tensors, found.base_digest, found.pad_id, engine, forward, settings, moments
+        artifacts.tensors,
+        found.base_digest,
+        found.task,
+        found.pad_id,
+        engine,
+        forward,
+        settings,
+        moments,
     )
 
 
@@ -75,7 +82,7 @@ def make_losses(
     graph = artifacts.path(f"{precision}/{files.FORWARD}")
     forward = ForwardModel(graph, artifacts.tensors, threads)
     found = artifacts.manifest
-    return EdgeLosses(forward, found.base_digest, found.pad_id, micro_batch)
+    return EdgeLosses(forward, found.base_digest, found.task, found.pad_id, micro_batch)
 
 
 def fit(memory: Memory, budget: float, batch_size: int, tokens: int) -> tuple[int, int]:

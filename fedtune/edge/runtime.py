@@ -15,6 +15,7 @@ from fedtune.errors import ConfigError
 
 TRAINING_VERSION = "1.19.2"  # the last one that trains
 _MMAP_THRESHOLD, _LARGE_BLOCK = -3, 1 << 17  # M_MMAP_THRESHOLD of malloc.h; bytes
+_ERRORS = 3  # of the runtime's log, in which all else is about itself
 _FAMILY = ("onnxruntime", "ort-")
 _MODULE = "onnxruntime/__init__.py"
 
@@ -44,6 +45,8 @@ def import_runtime() -> Any:
         )
     try:
         import onnxruntime
+
+        onnxruntime.set_default_logger_severity(_ERRORS)
     except ImportError as error:
         raise ConfigError(
             "ONNX Runtime is not installed: pip install 'fedtune[edge]' (training build) or "
@@ -94,7 +97,7 @@ def session_options(threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
-    options.log_severity_level = 3
+    options.log_severity_level = _ERRORS
     options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 

@@ -13,17 +13,19 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.config import Task
 from fedtune.edge.engines import Engine, feeds
 from fedtune.edge.optimizer import Moments, Optimizer, clip_norm, make_optimizer
 from fedtune.edge.runtime import open_session
 from fedtune.errors import TrainingError
 from fedtune.privacy.randomness import SecureRandom
 from fedtune.train.private import RecordPrivacy, private_gradient
-from fedtune.train.texts import Batch, TokenizedTexts, padded
+from fedtune.train.texts import COLLATE, IGNORED, Batch, TokenizedTexts
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
 from fedtune.types import Float32Vector, Manifest
 
-EVALUATION_BATCH = 64
+# Rows of a batch in an evaluation. A language model's logits are many for a single text.
+EVALUATED_AT_ONCE: dict[Task, int] = {"text-classification": 64, "causal-lm": 1}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class FreshMoments:
 
 
 class ForwardModel:
-    """The forward graph: logits (float32 `[batch, labels]`) without gradients.
+    """The forward graph: logits without gradients, float32.
+
+    They are `[batch, labels]` of a classifier, `[batch · tokens, vocabulary]` of a language model.
 
     It is opened when it is first asked: most devices only train.
     """
@@ -82,10 +86,10 @@ class EdgeLosses:
     """Losses and scores of a `ForwardModel`; at most `micro_batch` rows go through at once."""
 
     def __init__(
-        self, forward: ForwardModel, base_digest: str, pad_id: int, micro_batch: int
+        self, forward: ForwardModel, base_digest: str, task: Task, pad_id: int, micro_batch: int
     ) -> None:
         self._forward, self._base_digest = forward, base_digest
-        self._pad_id, self._micro_batch = pad_id, micro_batch
+        self._task, self._pad_id, self._micro_batch = task, pad_id, micro_batch
 
     @property
     def base_digest(self) -> str:
@@ -94,33 +98,39 @@ class EdgeLosses:
 
     def loss(self, adapter: Float32Vector, data: Dataset, rows: NDArray[np.int64]) -> float:
         """The mean cross-entropy of these rows at `adapter`."""
-        texts, total = _texts(data), 0.0
+        texts, total, count = _texts(data), 0.0, 0
         for part in _parts(rows, self._micro_batch):
-            losses, _ = self._pass(adapter, texts, part)
+            batch, _, losses = self._pass(adapter, texts, part)
             total += float(losses.sum())
-        return total / len(rows)
+            count += _labels_that_count(batch)
+        return total / count
 
     def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
         """Evaluate in micro-batches of similar length."""
         texts = _texts(data)
         order = np.argsort(texts.lengths, kind="stable")
-        loss_sum = 0.0
-        predictions = np.empty(len(texts), np.int64)
-        for rows in _parts(order, min(EVALUATION_BATCH, self._micro_batch)):
-            losses, predictions[rows] = self._pass(adapter, texts, rows)
-            loss_sum += float(losses.sum())
-        labels = texts.labels[order]
-        correct = int((predictions[order] == labels).sum())
+        loss_sum, classes = 0.0, self._task == "text-classification"
+        found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        for rows in _parts(order, min(EVALUATED_AT_ONCE[self._task], self._micro_batch)):
+            batch, logits, losses = self._pass(adapter, texts, rows)
+            if classes:
+                loss_sum += float(losses.sum())
+                found.append(logits.argmax(-1))
+            else:  # of each text the mean over its tokens
+                followed = (batch.labels != IGNORED).reshape(len(rows), -1).sum(1)
+                loss_sum += float((losses.reshape(len(rows), -1).sum(1) / followed).sum())
         # In the order in which they were asked, as a trainer with PyTorch gives them.
-        return Evaluation(len(texts), loss_sum, correct, predictions[order], labels)
+        predictions, labels = np.concatenate(found), texts.labels[order[: len(order) * classes]]
+        correct = int((predictions == labels).sum())
+        return Evaluation(len(texts), loss_sum, correct, predictions, labels)
 
     def _pass(
         self, adapter: Float32Vector, texts: TokenizedTexts, rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Loss and likeliest label of each row."""
-        batch = padded(texts, rows, self._pad_id)
+    ) -> tuple[Batch, NDArray[np.float64], NDArray[np.float64]]:
+        """A batch of these rows, its logits, and the loss of each label."""
+        batch = COLLATE[self._task](texts, rows, self._pad_id)
         logits = self._forward.logits(adapter, batch).astype(np.float64)
-        return cross_entropy(logits, batch.labels), logits.argmax(-1)
+        return batch, logits, cross_entropy(logits, batch.labels)
 
 
 class EdgeTrainer:
@@ -130,6 +140,7 @@ class EdgeTrainer:
         self,
         manifest: Manifest,
         base_digest: str,
+        task: Task,
         pad_id: int,
         engine: Engine,
         forward: ForwardModel,
@@ -137,9 +148,9 @@ class EdgeTrainer:
         moments: MomentStore | None = None,
     ) -> None:
         self._manifest, self._base_digest = manifest, base_digest
-        self._pad_id = pad_id
+        self._task, self._pad_id = task, pad_id
         self._engine = engine
-        self._losses = EdgeLosses(forward, base_digest, pad_id, settings.micro_batch)
+        self._losses = EdgeLosses(forward, base_digest, task, pad_id, settings.micro_batch)
         self._settings = settings
         self._moments = moments or FreshMoments()
 
@@ -182,6 +193,9 @@ class EdgeTrainer:
         """Evaluate in micro-batches of similar length."""
         return self._losses.evaluate(adapter, data)
 
+    def _batch(self, data: TokenizedTexts, rows: NDArray[np.int64]) -> Batch:
+        return COLLATE[self._task](data, rows, self._pad_id)
+
     def _descend(
         self,
         trained: Float32Vector,
@@ -204,11 +218,11 @@ class EdgeTrainer:
     ) -> tuple[float, Float32Vector]:
         """Mean loss and gradient of a batch, put together of those of its micro-batches."""
         loss, gradient = 0.0, np.zeros_like(adapter)
+        whole = _labels_that_count(self._batch(data, rows))
         for part in _parts(rows, self._settings.micro_batch):
-            part_loss, part_gradient = self._engine.gradient(
-                adapter, padded(data, part, self._pad_id)
-            )
-            share = len(part) / len(rows)
+            batch = self._batch(data, part)
+            part_loss, part_gradient = self._engine.gradient(adapter, batch)
+            share = _labels_that_count(batch) / whole
             loss += share * part_loss
             gradient += np.float32(share) * part_gradient
         return loss, gradient
@@ -226,7 +240,7 @@ class EdgeTrainer:
         random = SecureRandom()
 
         def gradient(row: int) -> Float32Vector:
-            return self._engine.gradient(trained, padded(data, np.array([row]), self._pad_id))[1]
+            return self._engine.gradient(trained, self._batch(data, np.array([row])))[1]
 
         for lr in plan.learning_rates:
             found = private_gradient(
@@ -236,11 +250,19 @@ class EdgeTrainer:
 
 
 def cross_entropy(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The loss of each row, float64 `[n]`; `logits` is float64 `[n, classes]`."""
+    """The loss of each row, float64 `[n]`, 0 where the label is `IGNORED`.
+
+    `logits` is float64 `[n, classes]`.
+    """
     shifted = logits - logits.max(-1, keepdims=True)
     total = np.log(np.exp(shifted).sum(-1))
-    found: NDArray[np.float64] = total - shifted[np.arange(len(labels)), labels]
-    return found
+    counts = labels != IGNORED
+    found = total - shifted[np.arange(len(labels)), np.where(counts, labels, 0)]
+    return np.where(counts, found, 0.0)
+
+
+def _labels_that_count(batch: Batch) -> int:
+    return int((batch.labels != IGNORED).sum())
 
 
 def _texts(data: Dataset) -> TokenizedTexts:

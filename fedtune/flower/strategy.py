@@ -305,7 +305,10 @@ class FederatedFineTuning(Strategy):
             examples += reply.examples
             correct += reply.correct
             loss_sum += reply.loss_sum
-        return Score(loss_sum / examples, correct / examples) if examples else None
+        if not examples:
+            return None
+        classes = self._federation.config.base.task == "text-classification"
+        return Score(loss_sum / examples, correct / examples if classes else None)
 
     def _require_open(self) -> ServerRound:
         if self._open is None:

@@ -6,7 +6,7 @@ import math
 
 from fedtune.records import Reference, Summary
 from fedtune.report.comparison import compare
-from fedtune.report.words import noun_of, percent, plural
+from fedtune.report.words import loss, noun_of, percent, plural
 
 _NOTHING = 0.0005  # differences that would be shown as 0.0 points
 
@@ -30,12 +30,15 @@ def _status(summary: Summary) -> str:
 
 def _federated(summary: Summary) -> str:
     clients = _clients(summary, len(summary.per_client))
-    if summary.final is None or not _finite(summary.final.accuracy):
+    final = summary.final
+    if final is not None and _finite(final.accuracy):
+        reached = percent(final.accuracy)
+    elif final is not None and not summary.labels and _finite(final.loss):
+        reached = f"a loss of {loss(final.loss)}"
+    else:
         return f"No accuracy was measured for the model that {clients} trained together."
-    accuracy = percent(summary.final.accuracy)
     # "final" is of the last round that was evaluated, not always of the last round.
-    rounds = plural(summary.final.round, "round")
-    return f"Federated: {clients} together reach {accuracy} after {rounds}."
+    return f"Federated: {clients} together reach {reached} after {plural(final.round, 'round')}."
 
 
 def _references(summary: Summary) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedtune.records import RoundRecord, Summary
+from fedtune.records import RoundRecord, Score, Summary
 from fedtune.report import charts, words
 from fedtune.report.comparison import REFERENCE_WORDS, compare
 from fedtune.report.headline import headline
@@ -54,14 +54,20 @@ def render_html(summary: Summary, rounds: Sequence[RoundRecord]) -> str:
     )
 
 
+def _accuracy(score: Score | None) -> str:
+    return words.percent(score.accuracy if score else None)
+
+
+def _loss(score: Score | None) -> str:
+    return words.loss(score.loss if score else None)
+
+
 def _tiles(summary: Summary) -> list[Tile]:
     final, best = summary.final, summary.best
+    # A task without classes has no accuracy.
+    title, shown = ("Accuracy", _accuracy) if summary.labels else ("Loss", _loss)
     tiles = [
-        Tile(
-            "Accuracy",
-            words.percent(final.accuracy if final else None),
-            f"best {words.percent(best.accuracy)} in round {best.round}" if best else "",
-        ),
+        Tile(title, shown(final), f"best {shown(best)} in round {best.round}" if best else ""),
         Tile("Rounds", f"{summary.rounds} of {summary.planned_rounds}", summary.status),
         Tile(
             "Adapter",

@@ -56,6 +56,8 @@ def print_ending(summary: Summary, console: Console, run_folder: Path) -> None:
     parts = [f"{summary.rounds} of {words.plural(summary.planned_rounds, 'round')}"]
     if summary.final is not None and summary.final.accuracy is not None:
         parts.append(f"accuracy {words.percent(summary.final.accuracy)}")
+    elif summary.final is not None and summary.final.loss is not None:
+        parts.append(f"loss {words.loss(summary.final.loss)}")
     parts.append(words.duration(summary.seconds))
     console.print(Text(f"{summary.status}: {', '.join(parts)}", style="bold"))
     for client in summary.per_client:
@@ -93,7 +95,7 @@ def _client_table(summary: Summary) -> Table:
             "gain\nown mix",
         ]
     else:
-        titles += ["labels", "accuracy"]
+        titles += ["labels", "accuracy"] * bool(summary.labels)
         titles += ["own mix"] * comparison.own_mix + ["alone", "gain"] * with_alone
     for title in titles:
         table.add_column(title, justify="right")
@@ -121,7 +123,7 @@ def _cells(pair: Pair, labels: int, own_mix: bool, with_alone: bool) -> list[Tex
     ]
     if own_mix and with_alone:  # no room for labels; the common accuracy is in the headline
         cells += [words.percent(client.local_accuracy), words.points(pair.plain_gain)]
-    else:
+    elif labels:
         cells += [f"{held}/{labels}", words.percent(client.accuracy)]
     if own_mix:
         cells.append(words.percent(pair.federated))

@@ -178,8 +178,10 @@ class Journal:
         return -1 if number is None else int(number)
 
     def _best(self) -> int | None:
-        evaluated = [r for r in self.records() if r.accuracy is not None]
-        return max(evaluated, key=lambda r: r.accuracy or 0.0).round if evaluated else None
+        evaluated = [r for r in self.records() if r.loss is not None]
+        # Without classes there is no accuracy, and the loss decides.
+        best = max(evaluated, key=lambda r: (r.accuracy or 0.0, -(r.loss or 0.0)), default=None)
+        return best.round if best else None
 
 
 def _blobs(state: GlobalState) -> tuple[bytes, bytes]:

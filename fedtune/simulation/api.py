@@ -27,8 +27,8 @@ from fedtune.simulation.run import Options, Outcome, Simulation, check_same_job,
 class Client:
     """One client's rows.
 
-    For a text classifier rows are `(text, label)` pairs; for your own module anything that
-    `torch.utils.data.default_collate` batches, such as `(inputs, target)`.
+    For a text classifier rows are `(text, label)` pairs, for a language model texts; for your own
+    module anything that `torch.utils.data.default_collate` batches, such as `(inputs, target)`.
     """
 
     name: str
@@ -71,8 +71,9 @@ def simulate(
 ) -> Run:
     """Fine-tune `base` over `clients` on this machine.
 
-    `base` is a Hugging Face encoder (for `(text, label)` rows) or your own module, which is
-    changed: it gets the adapter. `loss(module, batch)` gives the mean loss of a collated
+    `base` is a Hugging Face encoder (for `(text, label)` rows), a decoder (for texts, with
+    ``settings={"base.task": "causal-lm"}``) or your own module, which is changed: it gets the
+    adapter. `loss(module, batch)` gives the mean loss of a collated
     batch; by default cross-entropy of `(inputs, target)`. `test` are rows of a common test
     set. `settings` are configuration keys, as in ``{"train.lr": 1e-3, "train.steps": 50}``.
     `on_round` is called with the record of each committed round. With `resume`, a run that is
@@ -155,8 +156,30 @@ def _job(
         rows = [(client.name, client.train, client.test) for client in clients]
         return custom_job(config, base, lora, rows, test, loss)
     if loss is not None or lora.also_train:
-        raise ConfigError("loss and LoRA.also_train are for your own module, not for an encoder")
+        raise ConfigError("loss and LoRA.also_train are for your own module, not for a base model")
+    if config.base.task == "causal-lm":
+        return text_job(config, _unlabelled(clients, test))
     return text_job(config, _texts(clients, test))
+
+
+def _unlabelled(clients: Sequence[Client], test: Sequence[Any] | None) -> FederatedData:
+    def examples(rows: Sequence[Any]) -> TextExamples:
+        for text in rows:
+            if not isinstance(text, str):
+                raise DataError(f"a text must be a string, not {type(text).__name__}")
+        return TextExamples(tuple(rows), np.zeros(len(rows), np.int64))
+
+    return FederatedData(
+        labels=(),
+        clients=tuple(
+            ClientData(c.name, examples(c.train), examples(c.test) if c.test else None)
+            for c in clients
+        ),
+        test=examples(test) if test else None,
+        validation=None,
+        warnings=(),
+        source=f"own texts of {len(clients)} clients",
+    )
 
 
 def _texts(clients: Sequence[Client], test: Sequence[Any] | None) -> FederatedData:

@@ -14,9 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune.adapter.lora import AttachedAdapter, LoRA, attach_lora, target_names
+from fedtune.base.causal import CausalBase
 from fedtune.base.classifier import BaseModel
 from fedtune.config import Config, Train
-from fedtune.data import FederatedData, PartitionSpec, TextExamples, load_icd10, load_path
+from fedtune.data import (
+    FederatedData,
+    PartitionSpec,
+    TextExamples,
+    label_counts,
+    load_icd10,
+    load_path,
+)
 from fedtune.errors import ConfigError, DataError
 from fedtune.round.client import ClientMachine
 from fedtune.round.local import record_privacy
@@ -26,10 +34,10 @@ from fedtune.train.directions import Directions
 from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
 from fedtune.train.private import RecordPrivacy
 from fedtune.train.task import (
+    TASKS,
     CustomTask,
     Rows,
     Task,
-    TextClassification,
     class_targets,
     tokenize,
 )
@@ -144,21 +152,22 @@ def load_data(config: Config) -> FederatedData:
         seed=config.seed,
         test_fraction=data.test_fraction,
         text_column=data.text_column,
-        label_column=data.label_column,
+        label_column=config.label_column,
         labels=data.labels or None,
         min_size=data.min_examples,
     )
 
 
 def text_job(config: Config, data: FederatedData | None = None) -> Job:
-    """Text classification as the configuration describes it; raises `UsageError`.
+    """The task of the configuration over its texts; raises `UsageError`.
 
     `data` stands in for what `config.data` names.
     """
     torch.set_num_threads(1)  # a thread pool would not survive the fork; see `flower.pool`
     choose_device(config.train.device)  # a device that is not there is told before all else
     data = data or load_data(config)  # before the base model: wrong data is told sooner
-    if len(data.labels) < 2:
+    classes = config.base.task == "text-classification"
+    if classes and len(data.labels) < 2:
         raise DataError(f"classification needs at least 2 labels; all rows have {data.labels[0]!r}")
     check_cohort(config, len(data.clients))
     model = TextModel(config, len(data.labels))
@@ -168,11 +177,12 @@ def text_job(config: Config, data: FederatedData | None = None) -> Job:
             client.name,
             model.prepare(client.train),
             model.prepare(client.test) if client.test else None,
-            np.bincount(client.train.labels, minlength=len(data.labels)),
+            label_counts(client.train, len(data.labels)) if classes else np.empty(0, np.int64),
         )
         for client in data.clients
     ]
-    return job_of_model(config, model, clients, data.test, data.labels, data.source, data.warnings)
+    labels = data.labels if classes else ()
+    return job_of_model(config, model, clients, data.test, labels, data.source, data.warnings)
 
 
 def job_of_model(
@@ -184,22 +194,21 @@ def job_of_model(
     data_words: str,
     warnings: tuple[str, ...] = (),
 ) -> Job:
-    """Text classification with a model that is loaded, by clients whose rows are prepared."""
-    targets = ", ".join(target_names(model.adapter))
+    """A task over texts with a model that is loaded, by clients whose rows are prepared."""
+    targets, head = ", ".join(target_names(model.adapter)), " + classifier" * bool(labels)
     return Job(
         config=config,
         adapter=model.adapter,
         task=model.task,
         base_name=config.base.path,
         base_digest=model.base.digest,
-        adapter_words=f"LoRA r={config.adapter.rank} on {targets} + classifier"
-        + _method_words(config),
+        adapter_words=f"LoRA r={config.adapter.rank} on {targets}{head}" + _method_words(config),
         clients=tuple(clients),
         test=model.prepare(test) if test else None,
         labels=labels,
         data_words=data_words,
         warnings=warnings,
-        has_classifier=True,
+        has_classifier=bool(labels),
         directions=_directions(config, model.adapter),
     )
 
@@ -234,26 +243,37 @@ def check_privacy(config: Config, size: int, clients: int) -> None:
 
 
 class TextModel:
-    """A text classifier in memory: base, adapter and tokenizer as the configuration says."""
+    """A model of texts in memory: base, adapter, tokenizer and task as the configuration says."""
+
+    base: BaseModel | CausalBase
+    task: Task
 
     def __init__(self, config: Config, labels: int) -> None:
-        """Load it for `labels` labels; raises `BaseModelError` or `ConfigError`."""
-        self.base = BaseModel(config.base.path, config.base.digest)
-        module = self.base.classifier(labels, config.base.pooling)
+        """Load it, a classifier for `labels` labels; raises `BaseModelError` or `ConfigError`."""
+        # A language model must learn where a text ends; an encoder's tokenizer says so by itself.
+        self.end_id: int | None = None
+        module: nn.Module
+        if config.base.task == "causal-lm":
+            decoder = CausalBase(config.base.path, config.base.digest)
+            self.base, module, self.end_id = decoder, decoder.module, decoder.end_id
+        else:
+            encoder = BaseModel(config.base.path, config.base.digest)
+            self.base, module = encoder, encoder.classifier(labels, config.base.pooling)
         self.adapter = attach_lora(module, lora_of(config), config.seed)
         self.pad_id = int(self.base.tokenizer.pad_token_id or 0)
-        self.task = TextClassification(self.pad_id)
+        self.task = TASKS[config.base.task](self.pad_id)
         self.max_length = min(config.base.max_length, self.base.max_tokens)
 
     def prepare(self, examples: TextExamples) -> TokenizedTexts:
-        """The texts as the trainer takes them."""
-        return tokenize(self.base.tokenizer, examples, self.max_length)
+        """The texts as the trainer takes them; raises `DataError`."""
+        return tokenize(self.base.tokenizer, examples, self.max_length, self.end_id)
 
 
 def lora_of(config: Config) -> LoRA:
-    """The adapter of a text classifier."""
+    """The adapter of a model of texts: a classifier's new head is trained too."""
     found = config.adapter
-    return LoRA(found.rank, found.alpha, found.dropout, found.targets, also_train=("classifier",))
+    head = ("classifier",) if config.base.task == "text-classification" else ()
+    return LoRA(found.rank, found.alpha, found.dropout, found.targets, also_train=head)
 
 
 def custom_job(

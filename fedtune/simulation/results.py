@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from fedtune.config import load_config
 from fedtune.data.labelled import load_examples
@@ -18,20 +20,26 @@ from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
 def evaluate(path: Path, data: Path, text_column: str, label_column: str, as_json: bool) -> int:
     """Evaluate the adapter of a run on the rows of a file; returns the exit code."""
     passport, model = _load_model(path)
-    examples = load_examples(data, passport.labels, text_column, label_column)
+    column = label_column if passport.labels else None
+    examples = load_examples(data, passport.labels, text_column, column)
     trainer = TorchTrainer(model.adapter, model.task, model.base.digest, TorchSettings())
     found = trainer.evaluate(model.adapter.read(), model.prepare(examples))
-    result = {
+    result: dict[str, Any] = {
         "run": str(path),
         "data": str(data),
         "examples": found.examples,
         "loss": found.loss,
-        "accuracy": found.correct / found.examples,
+        "accuracy": found.accuracy,
     }
+    if found.accuracy is not None:
+        measure = f"accuracy {found.accuracy:.1%}"
+    else:
+        result["perplexity"] = math.exp(found.loss)
+        measure = f"perplexity {result['perplexity']:.2f}"
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        print(f"{found.examples:,} rows: accuracy {result['accuracy']:.1%}, loss {found.loss:.3f}")
+        print(f"{found.examples:,} rows: {measure}, loss {found.loss:.3f}")
     return 0
 
 
@@ -43,8 +51,11 @@ def export(path: Path, out: Path, kind: str) -> int:
         raise RunFolderError(f"{out} exists already; choose another --out")
     passport, model = _load_model(path)
     if kind == "merged":
-        export_merged(model.adapter, model.base, passport, out)
-        print(f"{out}: load it with transformers.AutoModel.from_pretrained; head in {CLASSIFIER}")
+        export_merged(model.adapter, model.base.tokenizer, passport, out)
+        found = f"AutoModel.from_pretrained; head in {CLASSIFIER}"
+        if not passport.labels:
+            found = "AutoModelForCausalLM.from_pretrained"
+        print(f"{out}: load it with transformers.{found}")
     else:
         write_adapter(
             out, model.adapter.manifest, model.adapter.read(), model.adapter.peft_config, passport

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import resource
 import secrets
 import sys
@@ -361,14 +362,12 @@ class Simulation(Observer):
     def _reference_records(self) -> tuple[Reference, ...]:
         alone = [r for name, r in self._references.items() if name.startswith("alone:")]
         found = [
-            Reference(
-                name, r.evaluation.accuracy or 0.0, r.evaluation.loss, r.seconds, r.sample_steps
-            )
+            Reference(name, _accuracy(r), r.evaluation.loss, r.seconds, r.sample_steps)
             for name, r in self._references.items()
             if not name.startswith("alone:")
         ]
         if alone:
-            accuracy = float(np.mean([r.evaluation.accuracy or 0.0 for r in alone]))
+            accuracy = float(np.mean([_accuracy(r) for r in alone]))
             loss = float(np.mean([r.evaluation.loss for r in alone]))
             seconds, steps = sum(r.seconds for r in alone), sum(r.sample_steps for r in alone)
             found.insert(1, Reference("local-only", accuracy, loss, seconds, steps))
@@ -402,6 +401,11 @@ class Simulation(Observer):
             epsilon_unit=_unit_words(config),
             fedtune_version=importlib.metadata.version("fedtune"),
         )
+
+
+def _accuracy(reference: ReferenceResult) -> float:
+    accuracy = reference.evaluation.accuracy
+    return math.nan if accuracy is None else accuracy
 
 
 def own_mix_accuracy(

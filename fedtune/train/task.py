@@ -13,12 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import ConcatDataset, default_collate
 
+from fedtune.base.causal import position_logits
+from fedtune.config import Task as TaskName
 from fedtune.data import TextExamples
-from fedtune.train.texts import TokenizedTexts, padded
+from fedtune.train.texts import IGNORED, Batch, TokenizedTexts, ended, padded, with_next_tokens
 
 
 class Task(Protocol):
     """A task over rows of one kind of data set."""
+
+    @property
+    def evaluated_at_once(self) -> int:
+        """Rows of a batch in an evaluation."""
 
     def batch(self, data: Any, rows: NDArray[np.int64], device: torch.device) -> Any:
         """The rows as whatever `loss` and `outputs` take."""
@@ -42,16 +48,25 @@ class Outputs:
     labels: NDArray[np.int64] | None = None
 
 
-def tokenize(tokenizer: Any, examples: TextExamples, max_length: int) -> TokenizedTexts:
-    """Tokenize once what is trained on every round; `tokenizer` is one of transformers'."""
+def tokenize(
+    tokenizer: Any, examples: TextExamples, max_length: int, end_id: int | None = None
+) -> TokenizedTexts:
+    """Tokenize once what is trained on every round; `tokenizer` is one of transformers'.
+
+    With `end_id`, each text ends with it, see `ended`.
+    """
     if not len(examples):
         return TokenizedTexts.of([], examples.labels)
     rows = tokenizer(list(examples.texts), truncation=True, max_length=max_length)["input_ids"]
+    if end_id is not None:
+        rows = ended(rows, end_id, max_length)
     return TokenizedTexts.of(rows, examples.labels)
 
 
 class TextClassification:
     """One label per text, cross-entropy, accuracy."""
+
+    evaluated_at_once = 64
 
     def __init__(self, pad_id: int) -> None:
         self._pad_id = pad_id
@@ -60,10 +75,7 @@ class TextClassification:
         self, data: TokenizedTexts, rows: NDArray[np.int64], device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and mask, int64 `[batch, longest]`, and labels, int64 `[batch]`."""
-        ids, mask, labels = (
-            torch.from_numpy(array).to(device) for array in padded(data, rows, self._pad_id)
-        )
-        return ids, mask, labels
+        return _tensors(padded(data, rows, self._pad_id), device)
 
     def loss(self, module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of the batch."""
@@ -77,6 +89,47 @@ class TextClassification:
         logits: Tensor = module(ids, mask)
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         return Outputs(loss, logits.argmax(-1).cpu().numpy(), labels.cpu().numpy())
+
+
+class CausalLanguageModel:
+    """Each text's next tokens, cross-entropy, no classes."""
+
+    evaluated_at_once = 8  # the logits of a token are as many as the vocabulary has tokens
+
+    def __init__(self, pad_id: int) -> None:
+        self._pad_id = pad_id
+
+    def batch(
+        self, data: TokenizedTexts, rows: NDArray[np.int64], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and mask, int64 `[batch, longest]`, and labels, int64 `[batch · longest]`."""
+        return _tensors(with_next_tokens(data, rows, self._pad_id), device)
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Mean cross-entropy over all tokens of the batch that follow another."""
+        ids, mask, labels = batch
+        logits = position_logits(module, ids, mask)
+        return functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+
+    def outputs(self, module: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Outputs:
+        """The sum over texts of each one's mean cross-entropy: every text counts the same."""
+        ids, mask, labels = batch
+        logits = position_logits(module, ids, mask)
+        losses = functional.cross_entropy(
+            logits, labels, ignore_index=IGNORED, reduction="none"
+        ).view_as(ids)
+        return Outputs((losses.sum(1) / (mask.sum(1) - 1)).sum())
+
+
+TASKS: dict[TaskName, type[TextClassification | CausalLanguageModel]] = {
+    "text-classification": TextClassification,
+    "causal-lm": CausalLanguageModel,
+}
+
+
+def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    ids, mask, labels = (torch.from_numpy(array).to(device) for array in batch)
+    return ids, mask, labels
 
 
 @dataclass(frozen=True)
@@ -110,6 +163,8 @@ class CustomTask:
     `loss(module, batch)` returns the batch's mean loss. If targets are integers and the
     module's output is `[batch, classes]`, accuracy is reported too.
     """
+
+    evaluated_at_once = 64
 
     def __init__(self, loss: Callable[[nn.Module, Any], Tensor] | None = None) -> None:
         self._loss = loss or _cross_entropy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -10,6 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.config import Task
+from fedtune.errors import DataError
+
+IGNORED = -100  # a label that does not count, as in torch
 _NO_IDS = np.empty(0, np.int32)
 
 
@@ -58,8 +62,22 @@ class TokenizedTexts:
         return cls(np.fromiter(ids, np.int32, int(starts[-1])), starts, labels)
 
 
+def ended(rows: Iterable[Sequence[int]], end_id: int, max_length: int) -> list[list[int]]:
+    """Rows of tokens with the token that ends a text, except where they were cut before it.
+
+    Raises `DataError` for a text without tokens: it has no next token to learn.
+    """
+    found = [[*row, end_id] if len(row) < max_length else list(row) for row in rows]
+    if any(len(row) < 2 for row in found):
+        raise DataError("a text has no token that the base model knows; remove it")
+    return found
+
+
 class Batch(NamedTuple):
-    """Token ids and mask, int64 `[batch, longest]`, and labels, int64 `[batch]`."""
+    """Token ids and mask, int64 `[batch, longest]`, and labels of what the model says.
+
+    `labels` are int64 `[batch]` for a classifier, `[batch · longest]` for a language model.
+    """
 
     ids: NDArray[np.int64]
     mask: NDArray[np.int64]
@@ -76,3 +94,20 @@ def padded(data: TokenizedTexts, rows: NDArray[np.int64], pad_id: int) -> Batch:
         line[:length] = data.ids[start : start + length]
     mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
     return Batch(ids, mask, data.labels[rows])
+
+
+def with_next_tokens(data: TokenizedTexts, rows: NDArray[np.int64], pad_id: int) -> Batch:
+    """The same texts; each position's label is the token that follows, `IGNORED` if none does."""
+    ids, mask, _ = padded(data, rows, pad_id)
+    return Batch(ids, mask, next_tokens(ids, mask))
+
+
+def next_tokens(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The labels of a language model, int64 `[batch · longest]`: see `with_next_tokens`."""
+    labels = np.full_like(ids, IGNORED)
+    labels[:, :-1] = np.where(mask[:, 1:] == 1, ids[:, 1:], IGNORED)
+    return labels.reshape(-1)
+
+
+Collate = Callable[[TokenizedTexts, NDArray[np.int64], int], Batch]
+COLLATE: dict[Task, Collate] = {"text-classification": padded, "causal-lm": with_next_tokens}

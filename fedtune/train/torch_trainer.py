@@ -23,8 +23,6 @@ from fedtune.train.torch_private import example_gradient, refuse_batch_statistic
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
 from fedtune.types import Float32Vector, Manifest
 
-EVALUATION_BATCH = 64
-
 
 @dataclass(frozen=True)
 class TorchSettings:
@@ -152,12 +150,12 @@ class TorchTrainer:
         self._adapter.write(adapter)
         module = self._adapter.module.eval()
         order = np.argsort(data.lengths, kind="stable")
-        batches = range(0, len(order), EVALUATION_BATCH)
+        size = self._task.evaluated_at_once
         loss_sum = 0.0
         predictions, labels = np.empty(0, np.int64), np.empty(0, np.int64)
         with torch.inference_mode(), self._autocast():
-            for start in batches:
-                rows = order[start : start + EVALUATION_BATCH]
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
                 found = self._task.outputs(module, self._task.batch(data, rows, self.device))
                 loss_sum += float(found.loss_sum)
                 if found.predictions is not None and found.labels is not None:
@@ -171,13 +169,13 @@ class TorchTrainer:
         captured: list[torch.Tensor] = []
         head = self.module.get_submodule("base_model.model.classifier")
         hook = head.register_forward_pre_hook(lambda _module, args: captured.append(args[0].cpu()))
-        order = np.argsort(data.lengths, kind="stable")
+        order, size = np.argsort(data.lengths, kind="stable"), self._task.evaluated_at_once
         disable: Any = self.module.disable_adapter  # peft's method
         try:
             with torch.inference_mode(), disable():
                 self.module.eval()
-                for start in range(0, len(order), EVALUATION_BATCH):
-                    rows = order[start : start + EVALUATION_BATCH]
+                for start in range(0, len(order), size):
+                    rows = order[start : start + size]
                     batch = self._task.batch(data, rows, self.device)
                     self._task.outputs(self.module, batch)
         finally:

@@ -95,6 +95,9 @@ class Federation:
         """
         self.folder, self._launch, self.sites = folder, launcher, tuple(sites)
         self._memories: dict[str, Path] = {}
+        # One for all, because each reads all of this machine's authorities; and no connection is
+        # kept to a server that may be killed.
+        self._http = httpx.Client(timeout=10, limits=httpx.Limits(max_keepalive_connections=0))
         labels = sorted(
             {
                 json.loads(line)["label"]
@@ -151,7 +154,7 @@ class Federation:
     def ask(self, path: str) -> httpx.Response | None:
         """What the server says of itself; None if nobody answers."""
         try:
-            return httpx.get(f"http://127.0.0.1:{self.status_port}{path}", timeout=10)
+            return self._http.get(f"http://127.0.0.1:{self.status_port}{path}")
         except httpx.TransportError:
             return None
 
@@ -210,14 +213,25 @@ class Federation:
     def server(self, prepare: Iterable[Callable[[], None]] = ()) -> Command:
         return self._launch.warm("server", self.folder / "federation.toml", prepare=prepare)
 
-    def client(self, name: str) -> Command:
-        """The installed command, as a person starts it."""
-        return self._launch.cold("client", self.site(name) / "client.toml", "--once")
+    def client(self, name: str, python: Path | None = None) -> Command:
+        """The installed command, as a person starts it; or that of another environment."""
+        file = self.site(name) / "client.toml"
+        return self._launch.cold("client", file, "--once", python=python)
+
+    def set_machine(self, name: str, **values: Any) -> None:
+        """Write keys of a site's `[machine]`."""
+        file = self.site(name) / "client.toml"
+        lines = tomli_w.dumps({key.replace("_", "-"): value for key, value in values.items()})
+        file.write_text(file.read_text().replace("[machine]\n", f"[machine]\n{lines}"))
 
     def warm_client(self, name: str, prepare: Iterable[Callable[[], None]] = ()) -> Command:
         """The same two processes, forked with their imports done."""
         arguments = ("client", self.site(name) / "client.toml", "--once")
         return self._launch.warm(*arguments, prepare=(fork_training, *prepare))
+
+    def command(self, *arguments: str | Path) -> tuple[int, Command]:
+        """Run another command to its end."""
+        return self._launch.run(*arguments)
 
     def simulate(self, folder: Path) -> Path:
         """The run of the same federation, simulated."""

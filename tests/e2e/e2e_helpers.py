@@ -148,13 +148,19 @@ class Launcher:
         self._outputs = outputs
         self._started: list[Command] = []
 
-    def cold(self, *arguments: str | Path) -> Command:
-        """Start the installed command."""
+    def cold(self, *arguments: str | Path, python: Path | None = None) -> Command:
+        """Start the installed command, or that of another environment, with this tree's code."""
         out = self._output()
+        command: list[str | Path] = [Path(sys.executable).with_name("fedtune")]
+        environment = dict(os.environ)
+        if python is not None:
+            command = [python, "-m", "fedtune.cli"]
+            environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
         with (out / "stdout").open("wb") as stdout, (out / "stderr").open("wb") as stderr:
             process = subprocess.Popen(
-                [Path(sys.executable).with_name("fedtune"), *map(str, arguments)],
+                [*command, *map(str, arguments)],
                 cwd=self.folder,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,

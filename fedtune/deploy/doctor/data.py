@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.base.resolve import digest_base, resolve_base
 from fedtune.config import Base, Config
 from fedtune.data import ClientData, TextExamples
 from fedtune.data.checks import warnings_about
 from fedtune.data.readers import place
-from fedtune.data.rows import Columns, read_rows, require_rows
+from fedtune.data.rows import UNLABELLED, Columns, read_rows, require_rows
 from fedtune.deploy.doctor.findings import Examination, Verdict
 from fedtune.errors import DataError
 from fedtune.report import words
@@ -35,7 +36,7 @@ def examine_base(
 
 
 def examine_rows(
-    examination: Examination, config: Config, name: str, train: Path, test: Path | None
+    examination: Examination, config: Config, name: str, train: Path, test: Path | None = None
 ) -> TextExamples | None:
     """The rows of a site, or None if they cannot be trained on."""
     examination.begin("data")
@@ -63,15 +64,19 @@ def look_at_rows(path: Path, config: Config) -> Verdict[TextExamples]:
     """The rows of a file, and how many of each label, if all of them can be used."""
     data = config.data
     try:
-        rows = require_rows(read_rows(path, Columns(data.text_column, data.label_column)))
+        rows = require_rows(read_rows(path, Columns(data.text_column, config.label_column)))
     except DataError as error:
         # What follows can name columns, which without a header are the first row's texts.
         what = str(error).partition("; ")[0]
         return Verdict(
             "problem",
             what,
-            f"the file needs columns {data.text_column} and {data.label_column}, and no empty cell",
+            f"the file needs {_columns(config)}, and no empty cell",
         )
+    if config.label_column is None:
+        examples = rows.encode({UNLABELLED: 0})
+        text = words.plural(len(rows), "row")
+        return Verdict("ok", text, numbers={"rows": len(rows)}, value=examples)
     agreed = set(data.labels)
     wrong = [number for number, label in zip(rows.numbers, rows.labels, strict=True)
              if label not in agreed]  # fmt: skip
@@ -88,6 +93,11 @@ def look_at_rows(path: Path, config: Config) -> Verdict[TextExamples]:
     numbers = dict(zip(data.labels, counts, strict=True))
     text = f"{words.plural(len(rows), 'row')}; {_spread(numbers)}"
     return Verdict("ok", text, numbers={"rows": len(rows), **numbers}, value=examples)
+
+
+def _columns(config: Config) -> str:
+    text, label = config.data.text_column, config.label_column
+    return f"a column {text}" if label is None else f"columns {text} and {label}"
 
 
 def _base(base: Base, accepted: Sequence[str]) -> Verdict[tuple[Path, str]]:
@@ -129,15 +139,27 @@ def _spread(counts: dict[str, int]) -> str:
 def _lengths(folder: Path, rows: TextExamples, longest: int) -> Verdict[int]:
     from transformers.utils import logging
 
-    from fedtune.base.classifier import load_tokenizer
+    from fedtune.base.loading import load_tokenizer
 
     logging.set_verbosity_error()  # it would warn of texts that are longer than the model takes
+    tokens = load_tokenizer(folder)(list(chosen_rows(rows).texts))["input_ids"]
+    return told_lengths(np.array([len(row) for row in tokens]), len(rows), longest)
+
+
+def chosen_rows(rows: TextExamples) -> TextExamples:
+    """Those that are tokenized to see how long they are, from all over the file."""
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), MOST_TOKENIZED)).astype(np.int64)
-    tokens = load_tokenizer(folder)([rows.texts[row] for row in chosen])["input_ids"]
-    lengths = np.array([len(row) for row in tokens])
+    return rows.select(chosen)
+
+
+def told_lengths(lengths: NDArray[np.int64], rows: int, longest: int) -> Verdict[int]:
+    """What `lengths` (tokens) of some of `rows` rows say; its value, at most `longest`: the most.
+
+    Longer ones than `longest` are cut.
+    """
     share = float((lengths > longest).mean())
     found = min(int(lengths.max()), longest)
-    looked = f" of {len(chosen):,} rows looked at" if len(chosen) < len(rows) else ""
+    looked = f" of {len(lengths):,} rows looked at" if len(lengths) < rows else ""
     text = (
         f"{words.percent(share)}{looked} are longer than {longest} tokens and are cut; the longest "
         f"has {int(lengths.max()):,}, half have {int(np.median(lengths)):,} or less"

@@ -6,18 +6,21 @@ The model is looked at without its weights. Measured against the prediction:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from fedtune.adapter.lora import adapter_size
-from fedtune.base.classifier import longest_text, outline
+from fedtune.base.causal import causal_outline
+from fedtune.base.classifier import outline
+from fedtune.base.loading import longest_text, transformers_config
 from fedtune.config import Config
 from fedtune.deploy.doctor.findings import Verdict
-from fedtune.deploy.doctor.traffic import packed_update
+from fedtune.deploy.doctor.machine import NETWORK_PROCESS
 from fedtune.resources import resident_memory
 from fedtune.simulation.job import lora_of
-from fedtune.train.torch_trainer import EVALUATION_BATCH
+from fedtune.train.task import TASKS
 
 _FLOAT = 4  # bytes
 _MIB = 1 << 20
@@ -28,10 +31,9 @@ FRAGMENTATION = 2.5
 _SITE_VECTORS = 7 * _FLOAT + 3 * 8
 # At the server, float32: value and gradient, two moments, best and last; float64 and int64: sums.
 _SERVER_VECTORS = 6 * _FLOAT + 4 * 8
-_NETWORK_PROCESS = 120 * _MIB  # of a site; benchmarks/deployment.py holds it to that
+_LOGITS = 2  # copies
 _SUPERLINK_PROCESS = 180 * _MIB
 _REPORT = 32 * _MIB  # report, TensorBoard's events, metrics and logs of a run
-_SITE_REST = 4 * _MIB  # of a site's memory besides what it last answered
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class ModelShape:
     layers: int
     intermediate: int
     longest: int  # tokens of the longest text that is not cut
+    outputs: int = 0  # logits of each token, of a language model
+    evaluated_at_once: int = 64  # rows
 
 
 def look_at(folder: Path, config: Config) -> Verdict[ModelShape]:
@@ -56,9 +60,15 @@ def look_at(folder: Path, config: Config) -> Verdict[ModelShape]:
 
 def shape_of(folder: Path, config: Config) -> ModelShape:
     """The shape of the base model in `folder`; raises `BaseModelError` or `ConfigError`."""
-    module = outline(folder, len(config.data.labels), config.base.pooling)
-    base = sum(parameter.numel() for parameter in module.encoder.parameters())
-    found: Any = module.config
+    module: nn.Module
+    if causal := config.base.task == "causal-lm":
+        module = causal_outline(folder)
+        frozen = module
+    else:
+        module = outline(folder, len(config.data.labels), config.base.pooling)
+        frozen = module.encoder
+    base = sum(parameter.numel() for parameter in frozen.parameters())
+    found = transformers_config(module)
     return ModelShape(
         base,
         adapter_size(module, lora_of(config)),
@@ -66,19 +76,22 @@ def shape_of(folder: Path, config: Config) -> ModelShape:
         getattr(found, "num_hidden_layers", 0),
         getattr(found, "intermediate_size", 4 * found.hidden_size),
         min(config.base.max_length, longest_text(found)),
+        found.vocab_size if causal else 0,
+        TASKS[config.base.task].evaluated_at_once,
     )
 
 
 def activations(shape: ModelShape, rows: int, tokens: int) -> int:
     """Bytes that a training step keeps of a batch of `rows` texts of `tokens` each.
 
-    rows · tokens · layers · (7 · hidden + intermediate) · 4 bytes. Of each token and layer, an
-    encoder with a frozen base keeps for the way back: the input of both normalizations, the
-    layer's input (for LoRA), query, key, value, the attention's output, and what goes into the
-    activation function. The attention's own matrices are not kept by torch's fused kernels.
+    rows · tokens · (layers · (7 · hidden + intermediate) + 2 · outputs) · 4 bytes. Of each token
+    and layer, a model with a frozen base keeps for the way back: the input of both normalizations,
+    the layer's input (for LoRA), query, key, value, the attention's output, and what goes into the
+    activation function. The attention's own matrices are not kept by torch's fused kernels. Of a
+    language model's logits there are also the logarithms of their probabilities.
     """
     values = shape.layers * (7 * shape.hidden + shape.intermediate)
-    return rows * tokens * values * _FLOAT
+    return rows * tokens * (values + _LOGITS * shape.outputs) * _FLOAT
 
 
 def process_memory() -> int:
@@ -99,26 +112,22 @@ def site_memory(config: Config, shape: ModelShape, tokens: int, process: int) ->
     if config.train.method == "forward-only":
         kept //= max(1, shape.layers)
     model = shape.base * _FLOAT + shape.adapter * _SITE_VECTORS
-    return process + model + kept + _NETWORK_PROCESS
+    return process + model + kept + NETWORK_PROCESS
 
 
 def server_memory(shape: ModelShape, clients: int, process: int, evaluates: bool) -> int:
     """Bytes of memory of both processes of a server of `clients`, at their peak.
 
     process + base · 4 + adapter · (56 + 4 · (clients + 1)) + 180 MiB, and to evaluate one layer's
-    activations of 64 rows of base.max-length. The SuperLink holds one adapter for all and at
-    worst every client's update; above 1 GiB they are on the disk.
+    activations of 64 rows of base.max-length (8 of a language model). The SuperLink holds one
+    adapter for all and at worst every client's update; above 1 GiB they are on the disk.
     """
     model = shape.base * _FLOAT + shape.adapter * _SERVER_VECTORS
     messages = min(shape.adapter * _FLOAT * (clients + 1), 1 << 30)
-    one_layer = activations(shape, EVALUATION_BATCH, shape.longest) // max(1, shape.layers)
+    once = replace(shape, layers=1)
+    one_layer = activations(once, shape.evaluated_at_once, shape.longest)
     passing = int(FRAGMENTATION * one_layer) if evaluates else 0
     return process + model + messages + passing + _SUPERLINK_PROCESS
-
-
-def site_disk(config: Config, shape: ModelShape, clients: int) -> int:
-    """Bytes of a site's memory: its last answer, the one that replaces it, and SQLite's log."""
-    return 3 * packed_update(config, shape.adapter, clients) + _SITE_REST
 
 
 def server_disk(shape: ModelShape, clients: int) -> int:

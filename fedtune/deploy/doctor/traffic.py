@@ -29,6 +29,7 @@ from fedtune.wire.envelope import Kind, seal_envelope
 _DIGEST = "00" * DIGEST_BYTES
 _CONTEXT = RoundContext("00" * 16, 1, _DIGEST, _DIGEST, _DIGEST)
 _SIGNATURE = bytes(SIGNATURE_BYTES)
+_SITE_REST = 4 << 20  # bytes of a site's memory besides what it last answered
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ def predict_traffic(config: Config, size: int, name: str, names: Sequence[str]) 
     reply = codec.TrainReply(_CONTEXT, update, 1000, 1.0, 1.0)
     request = codec.TrainRequest(_CONTEXT, adapter)
     return Traffic(len(codec.encode_train_reply(reply)), len(codec.encode_train_request(request)))
+
+
+def site_disk(config: Config, size: int, clients: int) -> int:
+    """Bytes of a site's memory: its last answer, the one that replaces it, and SQLite's log."""
+    return 3 * packed_update(config, size, clients) + _SITE_REST
 
 
 def packed_update(config: Config, size: int, clients: int) -> int:

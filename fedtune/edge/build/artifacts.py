@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import get_args
@@ -13,10 +13,11 @@ import onnx
 from onnx import TensorProto, helper
 from safetensors.numpy import save
 
+from fedtune.base.causal import CausalBase
 from fedtune.config import Config
 from fedtune.edge import artifacts as files
 from fedtune.edge.artifacts import EdgeManifest, FileEntry, GraphEntry, Memory, Precision, Value
-from fedtune.edge.build.forward import BATCH, export_forward
+from fedtune.edge.build.forward import LABELLED, export_forward
 from fedtune.edge.build.gradients import add_cross_entropy, add_gradients
 from fedtune.edge.build.graph import Graph
 from fedtune.edge.build.int8 import quantize
@@ -27,20 +28,13 @@ from fedtune.edge.build.schedule import order
 from fedtune.edge.build.shared import write_graphs
 from fedtune.edge.build.training import make_training
 from fedtune.edge.engines import gradient_name
+from fedtune.edge.runtime import installed_builds
 from fedtune.errors import ArtifactError
 from fedtune.files import sync_folder, write_atomic
 
 Say = Callable[[str], None]
 LABELS = "labels"
-_BUILT_WITH = (
-    "fedtune",
-    "torch",
-    "transformers",
-    "peft",
-    "onnx",
-    "onnxscript",
-    "onnxruntime-training-cpu",
-)
+_BUILT_WITH = ("fedtune", "torch", "transformers", "peft", "onnx", "onnxscript")
 
 
 def build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifest:
@@ -70,8 +64,8 @@ def _build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifes
     dropout = config.adapter.dropout
     adapter = model.adapter
     say("exporting the model with its adapter")
-    forward = export_forward(adapter, training=False)
-    stochastic = export_forward(adapter, training=True) if dropout else forward
+    forward = export_forward(adapter, model.task, training=False)
+    stochastic = export_forward(adapter, model.task, training=True) if dropout else forward
     tensors = adapter.manifest.split(adapter.read())
     say("building the gradients")
     training, checkpoint = make_training(stochastic, tensors)
@@ -86,27 +80,35 @@ def _build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifes
         folder = out / precision
         folder.mkdir()
         (folder / files.CHECKPOINT).write_bytes(checkpoint)
-        written = {name: _copy(graph) for name, graph in graphs.items()}
-        for graph in written.values():
-            if precision == "int8":
-                quantize(graph, set(tensors))
-            order(graph, LABELS)
-            _strip(graph)
-        entries |= {f"{precision}/{name}": _describe(graph) for name, graph in written.items()}
-        write_graphs(written, folder)
+        finished = _finish(graphs, precision, set(tensors))
+        for name, graph in write_graphs(finished, folder):
+            entries[f"{precision}/{name}"] = _describe(graph)
     model.base.tokenizer.backend_tokenizer.save(str(out / files.TOKENIZER))
     (out / files.INITIAL).write_bytes(save(tensors))
     say("computing what PyTorch makes of it")
-    make_reference(model, len(config.data.labels), out / files.REFERENCE, config.seed)
+    make_reference(model, _outputs(config, model), out / files.REFERENCE, config.seed)
     say("measuring how much memory a step takes")
-    memory = measure(out, adapter.manifest, model.max_length)
+    memory = measure(out, model.task, adapter.manifest, model.max_length)
     return _manifest(config, model, out, entries, memory)
+
+
+def _finish(
+    graphs: Mapping[str, onnx.ModelProto], precision: Precision, adapter: Collection[str]
+) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """The graphs in a precision, one after the other: each holds all weights."""
+    for name, whole in graphs.items():
+        graph = _copy(whole)
+        if precision == "int8":
+            quantize(graph, adapter)
+        order(graph, LABELS)
+        _strip(graph)
+        yield name, graph
 
 
 def make_step(forward: onnx.ModelProto, adapter: list[str]) -> onnx.ModelProto:
     """The step graph of a forward graph: `loss`, and the gradient by each adapter tensor."""
     model = _copy(forward)
-    model.graph.input.append(helper.make_tensor_value_info(LABELS, TensorProto.INT64, [BATCH]))
+    model.graph.input.append(helper.make_tensor_value_info(LABELS, TensorProto.INT64, [LABELLED]))
     graph = Graph(model)
     loss, slope = add_cross_entropy(graph, "logits", LABELS)
     gradients = add_gradients(graph, "logits", slope, adapter)
@@ -159,6 +161,15 @@ def _value(value: onnx.ValueInfoProto) -> Value:
     )
 
 
+def _outputs(config: Config, model: EdgeModel) -> int:
+    return model.base.config.vocab_size if model.task == "causal-lm" else len(config.data.labels)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _manifest(
     config: Config,
     model: EdgeModel,
@@ -167,9 +178,7 @@ def _manifest(
     memory: Mapping[str, Memory],
 ) -> EdgeManifest:
     listed = {
-        path.relative_to(out).as_posix(): FileEntry(
-            size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
-        )
+        path.relative_to(out).as_posix(): FileEntry(size=path.stat().st_size, sha256=_sha256(path))
         for path in sorted(out.rglob("*"))
         if path.is_file()
     }
@@ -181,11 +190,13 @@ def _manifest(
         adapter=tuple(
             files.Tensor(name=t.name, shape=t.shape) for t in model.adapter.manifest.tensors
         ),
-        labels=len(config.data.labels),
+        task=model.task,
+        outputs=_outputs(config, model),
         max_length=model.max_length,
         pad_id=model.pad_id,
+        end_id=model.base.end_id if isinstance(model.base, CausalBase) else None,
         dropout=config.adapter.dropout,
-        built_with={name: metadata.version(name) for name in _BUILT_WITH},
+        built_with={name: metadata.version(name) for name in _BUILT_WITH} | installed_builds(),
         graphs=dict(graphs),
         memory=dict(memory),
         files=listed,

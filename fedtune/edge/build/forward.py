@@ -6,18 +6,33 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fedtune.adapter.lora import AttachedAdapter
+from fedtune.config import Task
 from fedtune.edge.build.graph import IR_VERSION, OPSET
+from fedtune.edge.build.model import logits_of
+from fedtune.edge.build.output_layer import use_as_it_lies
 from fedtune.errors import BaseModelError
 
 BATCH, TOKENS, LONGEST = "batch", "tokens", 1 << 16
+LABELLED = "labelled"  # as many as a batch has labels: its texts, or all positions in them
 INPUTS = ("input_ids", "attention_mask")
+
+
+class _Logits(nn.Module):
+    """A model's logits as a module, whatever its task."""
+
+    def __init__(self, module: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.module, self._task = module, task
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return logits_of(self.module, self._task, input_ids, attention_mask)
 
 
 class _AdapterAsInputs(nn.Module):
@@ -27,10 +42,10 @@ class _AdapterAsInputs(nn.Module):
     done to them first would be folded into them.
     """
 
-    def __init__(self, adapter: AttachedAdapter) -> None:
+    def __init__(self, adapter: AttachedAdapter, task: Task) -> None:
         super().__init__()
-        self.module = adapter.module
-        self._names = adapter.parameter_names()
+        self.module = _Logits(adapter.module, task)
+        self._names = [f"module.{name}" for name in adapter.parameter_names()]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, adapter: list[Tensor]) -> Tensor:
         values = dict(zip(self._names, adapter, strict=True))
@@ -40,7 +55,7 @@ class _AdapterAsInputs(nn.Module):
         return logits
 
 
-def export_forward(adapter: AttachedAdapter, training: bool) -> onnx.ModelProto:
+def export_forward(adapter: AttachedAdapter, task: Task, training: bool) -> onnx.ModelProto:
     """Ids and mask (int64 `[batch, tokens]`) and the adapter's tensors to `logits`.
 
     With `training` the adapter's dropout is in it. Raises `BaseModelError` if torch cannot export
@@ -58,7 +73,7 @@ def export_forward(adapter: AttachedAdapter, training: bool) -> onnx.ModelProto:
     try:
         with _eager_attention(adapter.module), _quiet():
             program = torch.onnx.export(
-                _AdapterAsInputs(adapter),
+                _AdapterAsInputs(adapter, task),
                 (ids, torch.ones_like(ids), tensors),
                 dynamo=True,
                 opset_version=OPSET,
@@ -79,19 +94,21 @@ def export_forward(adapter: AttachedAdapter, training: bool) -> onnx.ModelProto:
     model: onnx.ModelProto = program.model_proto
     model.ir_version = IR_VERSION
     _name_dimensions(model)
+    if task == "causal-lm":
+        use_as_it_lies(model)
     return model
 
 
 @contextlib.contextmanager
 def _eager_attention(module: nn.Module) -> Iterator[None]:
     """Attention of single operators: the fused one has no gradient outside torch."""
-    encoder: Any = module.get_submodule("base_model.model.encoder")
-    before = encoder.config._attn_implementation
-    encoder.set_attn_implementation("eager")
+    pretrained = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
+    before = pretrained.config._attn_implementation
+    pretrained.set_attn_implementation("eager")
     try:
         yield
     finally:
-        encoder.set_attn_implementation(before)
+        pretrained.set_attn_implementation(before)
 
 
 @contextlib.contextmanager
@@ -119,3 +136,4 @@ def _name_dimensions(model: onnx.ModelProto) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.dim_param = names.get(dim.dim_param, dim.dim_param)
+    graph.output[0].type.tensor_type.shape.dim[0].dim_param = LABELLED

@@ -17,7 +17,6 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from fedtune.edge.build.graph import Dim, Graph
 
-IGNORED = -100  # a label that does not count, as in torch
 FLOAT = np.float32
 
 Rule = Callable[[Graph, NodeProto, str], dict[int, str]]
@@ -134,9 +133,7 @@ def _unbroadcast(graph: Graph, gradient: str, like: str) -> str:
     extra = len(have) - len(wanted)
     axes = list(range(extra))
     axes += [
-        place + extra
-        for place, dim in enumerate(wanted)
-        if dim == 1 and have[place + extra] != 1
+        place + extra for place, dim in enumerate(wanted) if dim == 1 and have[place + extra] != 1
     ]
     if not axes:
         return gradient
@@ -194,8 +191,9 @@ def _matmul(graph: Graph, node: NodeProto, gradient: str) -> dict[int, str]:
         return {0: _reshaped(graph, by_left, left), 1: by_right}
     if len(a) != len(b):
         raise ValueError(f"there is no gradient for MatMul of {a} by {b}")
-    by_left = graph.add("MatMul", [gradient, _turned(graph, right)], (*_wide(graph, node)[:-1], a[-1]))
-    by_right = graph.add("MatMul", [_turned(graph, left), gradient], (*_wide(graph, node)[:-2], *b[-2:]))
+    batches = _wide(graph, node)[:-2]
+    by_left = graph.add("MatMul", [gradient, _turned(graph, right)], (*batches, *a[-2:]))
+    by_right = graph.add("MatMul", [_turned(graph, left), gradient], (*batches, *b[-2:]))
     return {0: _unbroadcast(graph, by_left, left), 1: _unbroadcast(graph, by_right, right)}
 
 
@@ -330,7 +328,7 @@ def _relu(graph: Graph, node: NodeProto, gradient: str) -> dict[int, str]:
     return _scaled_by(graph, gradient, graph.add("Cast", [above], shape, to=TensorProto.FLOAT))
 
 
-def _neg(graph: Graph, node: NodeProto, gradient: str) -> dict[int, str]:
+def _neg(graph: Graph, _node: NodeProto, gradient: str) -> dict[int, str]:
     return {0: graph.add("Neg", [gradient], graph.shape(gradient))}
 
 

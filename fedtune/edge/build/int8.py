@@ -33,21 +33,22 @@ def quantize(model: onnx.ModelProto, adapter: Collection[str]) -> int:
     tables = {
         node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[0] in large
     }
-    for name in tables:
-        if large[name].dims[0] < FEWEST_ROWS or _uses(graph, name) > 1:
-            del large[name]
+    for table in tables:
+        if large[table].dims[0] < FEWEST_ROWS:
+            del large[table]
     added: list[TensorProto] = []
     scales: dict[str, NDArray[np.float32]] = {}
+    axes: dict[str, int] = {}
     for name, tensor in large.items():
-        axis = 0 if name in tables else 1
+        axes[name] = axis = _axis_of_outputs(graph, name)
         integers, scales[name] = round_weight(numpy_helper.to_array(tensor), axis)
         added.append(numpy_helper.from_array(integers, f"{name}_int8"))
+        if name in tables:
+            added.append(numpy_helper.from_array(scales[name], f"{name}_scale"))
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        if node.input and node.input[0] in large and node.input[0] in tables:
-            table = node.input[0]
-            added.append(numpy_helper.from_array(scales[table], f"{table}_scale"))
-            nodes += _gathered(node, table)
+        if node.op_type == "Gather" and node.input[0] in large:
+            nodes += _gathered(node, node.input[0])
             continue
         for place, name in enumerate(node.input):
             if name in large:
@@ -57,7 +58,9 @@ def quantize(model: onnx.ModelProto, adapter: Collection[str]) -> int:
                 added.append(numpy_helper.from_array(scales[name].reshape(-1), f"{value}_scale"))
                 whole = [f"{name}_int8", f"{value}_scale"]
                 nodes.append(
-                    helper.make_node("DequantizeLinear", whole, [value], axis=1, name=value)
+                    helper.make_node(
+                        "DequantizeLinear", whole, [value], axis=axes[name], name=value
+                    )
                 )
                 node.input[place] = value
         nodes.append(node)
@@ -78,8 +81,15 @@ def round_weight(
     return integers, scale.astype(np.float32)
 
 
-def _uses(graph: onnx.GraphProto, name: str) -> int:
-    return sum(list(node.input).count(name) for node in graph.node)
+def _axis_of_outputs(graph: onnx.GraphProto, name: str) -> int:
+    """Along which axis a weight's outputs lie where it is first used, in the forward pass.
+
+    The rows of a table are its outputs; as a language model's output layer too, so that both uses
+    share integers and scales.
+    """
+    first = next((node for node in graph.node if name in node.input), onnx.NodeProto())
+    turned = any(a.name == "transB" and a.i for a in first.attribute)
+    return 0 if first.op_type == "Gather" or turned else 1
 
 
 def _gathered(node: onnx.NodeProto, table: str) -> list[onnx.NodeProto]:

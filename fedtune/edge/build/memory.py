@@ -11,6 +11,7 @@ from typing import get_args
 
 import numpy as np
 
+from fedtune.config import Task
 from fedtune.edge.artifacts import FORWARD, Memory, Precision
 from fedtune.edge.devices import Runtime, open_engine
 from fedtune.edge.runtime import import_runtime, import_training, use_little_memory
@@ -24,7 +25,7 @@ from fedtune.types import Float32Vector, Manifest
 _STEPS = ((1, 16), (8, 32), (1, 192), (8, 96))
 
 
-def measure(out: Path, manifest: Manifest, longest: int) -> dict[str, Memory]:
+def measure(out: Path, task: Task, manifest: Manifest, longest: int) -> dict[str, Memory]:
     """`Memory` of each runtime and precision, by `RUNTIME/PRECISION`.
 
     `forward/PRECISION` is that of training without gradients, by any runtime.
@@ -34,17 +35,19 @@ def measure(out: Path, manifest: Manifest, longest: int) -> dict[str, Memory]:
     if not resident_memory():
         return {}
     return {
-        f"{what}/{precision}": _fit(out, what, precision, manifest, longest)
+        f"{what}/{precision}": _fit(out, task, what, precision, manifest, longest)
         for what in (*get_args(Runtime), "forward")
         for precision in get_args(Precision)
     }
 
 
-def _fit(out: Path, what: str, precision: Precision, manifest: Manifest, longest: int) -> Memory:
+def _fit(
+    out: Path, task: Task, what: str, precision: Precision, manifest: Manifest, longest: int
+) -> Memory:
     steps = [(rows, min(tokens, longest)) for rows, tokens in _STEPS]
     shapes = [[tensor.name, list(tensor.shape)] for tensor in manifest.tensors]
-    asked = json.dumps([str(out / precision), what, shapes, steps])
-    process = subprocess.run(  # noqa: S603  # this interpreter, this package
+    asked = json.dumps([str(out / precision), task, what, shapes, steps])
+    process = subprocess.run(  # this interpreter, this package
         [sys.executable, "-m", "fedtune.edge.build.memory"],
         input=asked,
         capture_output=True,
@@ -67,7 +70,7 @@ def _fit(out: Path, what: str, precision: Precision, manifest: Manifest, longest
 
 def main() -> None:
     """Print what each step takes, in bytes above what there was before the model was loaded."""
-    folder, what, shapes, steps = json.loads(sys.stdin.read())
+    folder, task, what, shapes, steps = json.loads(sys.stdin.read())
     manifest = Manifest.of((name, tuple(shape)) for name, shape in shapes)
     # As on a device: where torch is, ONNX Runtime's training build imports it.
     sys.modules["torch"] = None  # type: ignore[assignment]  # what makes an import fail
@@ -79,7 +82,8 @@ def main() -> None:
     found = []
     for rows, tokens in steps:
         ids = np.ones((rows, tokens), np.int64)
-        batch = Batch(ids, ids, np.zeros(rows, np.int64))
+        labels = np.zeros(rows if task == "text-classification" else rows * tokens, np.int64)
+        batch = Batch(ids, ids, labels)
         forget_peak_memory()
         for _ in range(2):  # the second one finds the first one's gradients still there
             step(adapter, batch)

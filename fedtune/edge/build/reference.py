@@ -10,10 +10,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from fedtune.adapter.lora import AttachedAdapter
 from fedtune.edge.build.model import EdgeModel
 from fedtune.edge.reference import LEARNING_RATES, MARKS, WEIGHT_DECAY, batch_of
-from fedtune.train.texts import Batch
+from fedtune.train.texts import IGNORED, Batch, next_tokens
 from fedtune.types import Float32Vector
 
 BATCHES, ROWS, TOKENS = 5, 4, 24
@@ -27,14 +26,16 @@ def make_reference(model: EdgeModel, labels: int, path: Path, seed: int) -> None
     # Not as a run starts: a B of zeros would hide whatever is wrong with A.
     start = before + rng.normal(0, 0.02, before.size).astype(np.float32)
     tensors: dict[str, NDArray[Any]] = {"start": start}
-    config: Any = model.base.encoder.config
-    vocabulary = int(config.vocab_size)
+    config: Any = model.base.config
+    vocabulary, causal = int(config.vocab_size), model.task == "causal-lm"
     for number in range(BATCHES):
         ids = rng.integers(0, vocabulary, (ROWS, TOKENS - number))
         mask = (np.arange(TOKENS - number) < rng.integers(4, TOKENS, (ROWS, 1))).astype(np.int64)
         tensors[f"ids-{number}"] = np.where(mask == 1, ids, model.pad_id)
         tensors[f"mask-{number}"] = mask
-        tensors[f"labels-{number}"] = rng.integers(0, labels, ROWS)
+        tensors[f"labels-{number}"] = (
+            next_tokens(tensors[f"ids-{number}"], mask) if causal else rng.integers(0, labels, ROWS)
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small batches are slower on several
     adapter.module.eval()
@@ -43,11 +44,11 @@ def make_reference(model: EdgeModel, labels: int, path: Path, seed: int) -> None
         adapter.write(start)
         with torch.no_grad():
             inputs = [torch.from_numpy(array) for array in (first.ids, first.mask)]
-            tensors["logits"] = adapter.module(*inputs).numpy()
-        tensors["loss"] = np.array([_backward(adapter, first)], np.float32)
+            tensors["logits"] = model.logits(*inputs).numpy()
+        tensors["loss"] = np.array([_backward(model, first)], np.float32)
         tensors["gradient"] = adapter.read_gradient()
         for name, lr in LEARNING_RATES.items():
-            tensors |= _train(adapter, name, lr, start, tensors)
+            tensors |= _train(model, name, lr, start, tensors)
     finally:
         adapter.write(before)
         torch.set_num_threads(threads)
@@ -55,27 +56,28 @@ def make_reference(model: EdgeModel, labels: int, path: Path, seed: int) -> None
 
 
 def _train(
-    adapter: AttachedAdapter,
+    model: EdgeModel,
     name: Literal["sgd", "adamw"],
     lr: float,
     start: Float32Vector,
     tensors: dict[str, NDArray[Any]],
 ) -> dict[str, NDArray[Any]]:
+    adapter = model.adapter
     adapter.write(start)
     kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     optimizer = kinds[name]([adapter.flat], lr=lr, weight_decay=WEIGHT_DECAY)
     found: dict[str, NDArray[Any]] = {}
     for step in range(1, MARKS[-1] + 1):
-        _backward(adapter, batch_of(tensors, (step - 1) % BATCHES))
+        _backward(model, batch_of(tensors, (step - 1) % BATCHES))
         optimizer.step()
         if step in MARKS:
             found[f"{name}-{step}"] = adapter.read()
     return found
 
 
-def _backward(adapter: AttachedAdapter, batch: Batch) -> float:
+def _backward(model: EdgeModel, batch: Batch) -> float:
     ids, mask, labels = (torch.from_numpy(array) for array in batch)
-    adapter.zero_grad()
-    loss = torch.nn.functional.cross_entropy(adapter.module(ids, mask), labels)
+    model.adapter.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model.logits(ids, mask), labels, ignore_index=IGNORED)
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return float(loss.detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -14,12 +14,17 @@ SMALLEST = 1024  # bytes of a weight that leaves its graph
 _PAGE = 4096
 
 
-def write_graphs(models: Mapping[str, onnx.ModelProto], folder: Path) -> None:
-    """Write the graphs, and each weight once into `base.bin`, from where it can be mapped."""
+def write_graphs(
+    models: Iterable[tuple[str, onnx.ModelProto]], folder: Path
+) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """Write the graphs, and each weight once into `base.bin`, from where it can be mapped.
+
+    Yields each graph when it is written, without its weights.
+    """
     places: dict[bytes, tuple[int, int]] = {}
     end = 0
     with (folder / FILE).open("wb") as file:
-        for model in models.values():
+        for name, model in models:
             for tensor in model.graph.initializer:
                 content = (
                     tensor.raw_data
@@ -36,8 +41,8 @@ def write_graphs(models: Mapping[str, onnx.ModelProto], folder: Path) -> None:
                     file.write(content)
                     end += len(content)
                 _point(tensor, *places[digest])
-    for name, model in models.items():
-        (folder / name).write_bytes(model.SerializeToString(deterministic=True))
+            (folder / name).write_bytes(model.SerializeToString(deterministic=True))
+            yield name, model
 
 
 def _point(tensor: TensorProto, offset: int, length: int) -> None:
