@@ -54,7 +54,7 @@ def test_it_learns_from_losses_alone(run: Path) -> None:
     metrics = read_metrics(run)
     assert metrics[-1]["train_loss"] < metrics[0]["train_loss"] - 0.05
     assert metrics[-1]["accuracy"] > 0.4  # of four labels, of which the commonest is a third
-    assert metrics[-1]["loss"] < np.log(4) - 0.1
+    assert metrics[-1]["loss"] < np.log(4) - 0.05
 
 
 def test_one_value_per_direction_travels(run: Path) -> None:
