@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedtune.base.classifier import BaseModel, EncoderClassifier
     from fedtune.config import Config
     from fedtune.round.client import ClientMachine
+    from fedtune.simulation.job import TextModel
     from fedtune.train.torch_trainer import TorchTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,18 @@ def edge_artifacts(
     out = tmp_path_factory.mktemp("edge") / "artifacts"
     build_artifacts(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def decoder_artifacts(
+    build_artifacts: Callable[..., Any],
+    tiny_decoder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Config, TextModel]:
+    """Edge artifacts of the tiny decoder, and what they were made of. Do not write to them."""
+    out = tmp_path_factory.mktemp("decoder") / "artifacts"
+    own = ("data.labels=[]", f'base.path="{tiny_decoder}"', "base.task=causal-lm")
+    return out, *build_artifacts(out, *own, "adapter.rank=4", "base.max-length=40")
 
 
 @pytest.fixture(scope="session")
