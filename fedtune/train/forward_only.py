@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.config import Config
-from fedtune.errors import TrainingError
+from fedtune.errors import ConfigError, TrainingError
 from fedtune.train.directions import Directions
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
 from fedtune.types import Float32Vector, Manifest
@@ -87,5 +87,14 @@ def passes(count: int, seed: int) -> Iterator[int]:
 
 
 def directions_of(config: Config, adapter: Manifest, start: Float32Vector) -> Directions:
-    """In which a federation's training moves the adapter from the seeded `start`, float32 `[d]`."""
-    return Directions(adapter, start, config.seed, config.train.directions)
+    """In which a federation's training moves the adapter from the seeded `start`, float32 `[d]`.
+
+    Raises `ConfigError` if there are more of them than the adapter has values.
+    """
+    count = config.train.directions
+    if count > adapter.size:
+        raise ConfigError(
+            f"train.directions = {count} is more than the adapter's {adapter.size} values; lower "
+            "it, or use train.method = backprop"
+        )
+    return Directions(adapter, start, config.seed, count)
