@@ -118,7 +118,6 @@ def edge_artifacts(
 
 
 @pytest.fixture(scope="session")
-<<<<<<< .merge_file_7dqHM6
 def edge_python() -> Path:
     """The Python of a device that trains with ONNX Runtime's training build."""
     from edge_environment import python_of
@@ -132,7 +131,9 @@ def edge_plain_python() -> Path:
     from edge_environment import python_of
 
     return python_of("edge-plain")
-=======
+
+
+@pytest.fixture(scope="session")
 def decoder_artifacts(
     build_artifacts: Callable[..., Any],
     tiny_decoder: Path,
@@ -142,7 +143,6 @@ def decoder_artifacts(
     out = tmp_path_factory.mktemp("decoder") / "artifacts"
     own = ("data.labels=[]", f'base.path="{tiny_decoder}"', "base.task=causal-lm")
     return out, *build_artifacts(out, *own, "adapter.rank=4", "base.max-length=40")
->>>>>>> .merge_file_T3GIjK
 
 
 @pytest.fixture(scope="session")
