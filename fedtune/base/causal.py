@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,8 @@ def position_logits(module: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 def looks_ahead(module: nn.Module) -> bool:
     """Whether the logits of a text's first tokens depend on the last one."""
-    size = module.get_input_embeddings().weight.shape[0]
+    table: Any = module.get_input_embeddings()  # type: ignore[operator]  # untyped in transformers
+    size = table.weight.shape[0]
     ids = torch.tensor([[size // 2, size // 3, size // 4], [size // 2, size // 3, size // 5]])
     with torch.inference_mode():
         logits = position_logits(module.eval(), ids, torch.ones_like(ids))
