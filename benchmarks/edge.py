@@ -89,6 +89,10 @@ def environment(folder: Path, name: str) -> Path:
         requirements = ROOT / "client" / f"requirements.{name}.txt"
         subprocess.run([*map(str, install), "-r", str(requirements)], check=True)
         subprocess.run([*map(str, install), str(ROOT)], check=True)
+        for library in (folder / name).glob(
+            "lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*"
+        ):
+            library.unlink()  # for programs in C, as docs/runbook.md says
     return python
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedtune.base.classifier import BaseModel, EncoderClassifier
     from fedtune.config import Config
     from fedtune.round.client import ClientMachine
+    from fedtune.simulation.job import TextModel
     from fedtune.train.torch_trainer import TorchTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +131,18 @@ def edge_plain_python() -> Path:
     from edge_environment import python_of
 
     return python_of("edge-plain")
+
+
+@pytest.fixture(scope="session")
+def decoder_artifacts(
+    build_artifacts: Callable[..., Any],
+    tiny_decoder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Config, TextModel]:
+    """Edge artifacts of the tiny decoder, and what they were made of. Do not write to them."""
+    out = tmp_path_factory.mktemp("decoder") / "artifacts"
+    own = ("data.labels=[]", f'base.path="{tiny_decoder}"', "base.task=causal-lm")
+    return out, *build_artifacts(out, *own, "adapter.rank=4", "base.max-length=40")
 
 
 @pytest.fixture(scope="session")

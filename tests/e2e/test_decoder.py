@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from deployed import Federation
 from e2e_helpers import Launcher, read_metrics, read_summary
+from safetensors.numpy import load_file
 
 ROUNDS = 2
 
@@ -76,3 +79,42 @@ def test_what_a_run_learns_loads_into_plain_transformers(
     with torch.no_grad():
         expected = tuned(input_ids=ids).logits
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_workstations_and_a_device_train_a_decoder_together(
+    make_federation: Callable[..., Federation],
+    decoder_artifacts: tuple[Path, Any, Any],
+    tiny_decoder: Path,
+    tmp_path: Path,
+) -> None:
+    """Two sites with PyTorch, one with ONNX Runtime; the agreed files name no labels."""
+    made = make_federation(
+        tables={
+            "base": {"path": str(tiny_decoder), "task": "causal-lm", "max-length": 40},
+            "adapter": {"rank": 4},
+            "data": {"labels": []},
+            "rounds": {"count": ROUNDS},
+            # Finely rounded, so that what differs is the training.
+            "update": {"clip": 20.0, "bits": 24},
+        },
+    )
+    made.set_machine("clinic-2", runtime="stepgraph", artifacts=str(decoder_artifacts[0]))
+    server = made.server()
+    clients = [made.warm_client(name) for name in made.sites]
+    assert server.wait() == 0, server.stderr
+    for client in clients:
+        assert client.wait() == 0, client.stderr
+    assert "stepgraph float32" in clients[2].stderr
+    summary = read_summary(made.run)
+    assert (summary["status"], summary["labels"]) == ("finished", [])
+    assert summary["final"]["accuracy"] is None
+    simulated = made.simulate(tmp_path)  # with PyTorch at all three
+    found, expected = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (made.run, simulated)
+    )
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() < 2e-4, name
+    assert read_summary(simulated)["final"]["loss"] == pytest.approx(
+        summary["final"]["loss"], rel=1e-3
+    )

@@ -264,6 +264,7 @@ def _other(key: str, default: object) -> str:
         "base.path": ["other"],
         "base.digest": ["ab" * 32],
         "base.pooling": ["cls", "mean"],
+        "base.task": ["causal-lm"],
         "train.method": ["forward-only"],
         "train.schedule": ["linear", "cosine"],
         "train.optimizer": ["sgd", "adamw"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,8 @@ from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
 from fedtune.train.trainer import LocalPlan
 
 if TYPE_CHECKING:
+    from fedtune.config import Config
+    from fedtune.simulation.job import TextModel
     from fedtune.types import Float32Vector
 
 RUNTIMES: list[Runtime] = ["ort", "stepgraph"]
@@ -32,15 +33,9 @@ ROWS = np.array([3, 16, 0, 40, 33])  # of different lengths, so that there is pa
 
 
 @pytest.fixture(scope="module")
-def decoder(
-    build_artifacts: Callable[..., Any],
-    tiny_decoder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Built:
+def decoder(decoder_artifacts: tuple[Path, Config, TextModel]) -> Built:
     """Artifacts of the tiny decoder. Do not write to them."""
-    out = tmp_path_factory.mktemp("decoder") / "artifacts"
-    own = ("data.labels=[]", f'base.path="{tiny_decoder}"', "base.task=causal-lm")
-    return Built(out, *build_artifacts(out, *own, "adapter.rank=4", "base.max-length=40"))
+    return Built(*decoder_artifacts)
 
 
 @pytest.fixture(scope="module")
