@@ -263,6 +263,7 @@ def _other(key: str, default: object) -> str:
     words = {
         "base.path": ["other"],
         "base.digest": ["ab" * 32],
+        "base.task": ["causal-lm"],
         "base.pooling": ["cls", "mean"],
         "base.task": ["causal-lm"],
         "train.method": ["forward-only"],
