@@ -265,7 +265,6 @@ def _other(key: str, default: object) -> str:
         "base.digest": ["ab" * 32],
         "base.task": ["causal-lm"],
         "base.pooling": ["cls", "mean"],
-        "base.task": ["causal-lm"],
         "train.method": ["forward-only"],
         "train.schedule": ["linear", "cosine"],
         "train.optimizer": ["sgd", "adamw"],
