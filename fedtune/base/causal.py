@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +70,12 @@ def position_logits(module: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 def looks_ahead(module: nn.Module) -> bool:
     """Whether the logits of a text's first tokens depend on the last one."""
-    table: Any = module.get_input_embeddings()  # type: ignore[operator]  # untyped in transformers
-    size = table.weight.shape[0]
-    ids = torch.tensor([[size // 2, size // 3, size // 4], [size // 2, size // 3, size // 5]])
+    module.eval()
     with torch.inference_mode():
-        logits = position_logits(module.eval(), ids, torch.ones_like(ids))
+        one = torch.ones((1, 1), dtype=torch.int64)
+        size = position_logits(module, one, one).shape[1]
+        ids = torch.tensor([[size // 2, size // 3, size // 4], [size // 2, size // 3, size // 5]])
+        logits = position_logits(module, ids, torch.ones_like(ids))
     found = logits.view(*ids.shape, -1)
     change = (found[0] - found[1])[:-1].abs().max()
     return bool(change > 1e-3 * found.abs().max())  # far above rounding, far below attention

@@ -178,7 +178,7 @@ class Journal:
         return -1 if number is None else int(number)
 
     def _best(self) -> int | None:
-        evaluated = [r for r in self.records() if r.loss is not None]
+        evaluated = [r for r in self.records() if r.accuracy is not None or r.loss is not None]
         # Without classes there is no accuracy, and the loss decides.
         best = max(evaluated, key=lambda r: (r.accuracy or 0.0, -(r.loss or 0.0)), default=None)
         return best.round if best else None

@@ -263,8 +263,8 @@ def _other(key: str, default: object) -> str:
     words = {
         "base.path": ["other"],
         "base.digest": ["ab" * 32],
-        "base.pooling": ["cls", "mean"],
         "base.task": ["causal-lm"],
+        "base.pooling": ["cls", "mean"],
         "train.method": ["forward-only"],
         "train.schedule": ["linear", "cosine"],
         "train.optimizer": ["sgd", "adamw"],

@@ -151,6 +151,11 @@ def test_a_run_through_flower_is_the_run_by_hand(small_federation, tmp_path):
     assert 3 * size < last.bytes_up < 3 * (size + 300) + 3 * 300
 
 
+def test_clients_tests_of_a_language_model_give_a_loss_and_no_accuracy(small_federation, tmp_path):
+    run = _run(small_federation("base.task=causal-lm"), tmp_path)
+    assert all(record.loss > 0 and record.accuracy is None for record in run.records)
+
+
 def test_the_server_evaluates_where_it_has_a_test_set(small_federation, tmp_path):
     small = small_federation("rounds.evaluate-every=2")
     adapters = []

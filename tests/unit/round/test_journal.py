@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,17 @@ def test_only_the_first_the_best_and_the_last_adapter_are_kept(tmp_path):
         journal.commit(_record(number, accuracy), _state(number))
         assert _adapters(path) == (kept, [number])
     assert [record.accuracy for record in journal.records()] == accuracies
+    journal.close()
+
+
+def test_without_classes_the_adapter_of_the_least_loss_is_kept(tmp_path):
+    path = tmp_path / "j.sqlite"
+    journal = _create(path)
+    losses = [4.0, 2.5, None, 3.0, 2.0, 2.2]
+    expected = [[0, 1], [0, 2], [0, 2, 3], [0, 2, 4], [0, 5], [0, 5, 6]]
+    for number, (loss, kept) in enumerate(zip(losses, expected, strict=True), start=1):
+        journal.commit(replace(_record(number), loss=loss), _state(number))
+        assert _adapters(path) == (kept, [number])
     journal.close()
 
 
