@@ -13,7 +13,7 @@ from fedtune.data import TextExamples
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
 from fedtune.edge.artifacts import EdgeArtifacts
-from fedtune.edge.devices import Runtime, fit, make_losses, make_trainer
+from fedtune.edge.devices import Step, fit, make_losses, make_trainer
 from fedtune.edge.optimizer import Moments
 from fedtune.edge.tokens import EdgeTokenizer
 from fedtune.edge.trainer import EdgeSettings, MomentStore
@@ -35,8 +35,7 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
     tokenizer = EdgeTokenizer(artifacts, length)
     rows = tokenizer.prepare(train)
     if machine.max_memory_mb is not None:
-        step = "forward" if config.train.method == "forward-only" else machine.runtime
-        memory = artifacts.manifest.memory.get(f"{step}/{machine.precision}")
+        memory = artifacts.manifest.memory.get(f"{step_of(files)}/{machine.precision}")
         if memory is None:
             raise ConfigError(
                 "machine.max-memory-mb: the artifacts do not say what a step takes; build them on "
@@ -50,12 +49,20 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
             rows = tokenizer.prepare(train)
     trainer = _trainer(files, artifacts, micro_batch, len(train))
     parts = f", {micro_batch} at a time" if micro_batch < config.train.batch_size else ""
+    how = "without gradients" if step_of(files) == "forward" else machine.runtime
     return SiteTraining(
         trainer,
         rows,
         tokenizer.prepare(test) if test else None,
-        f"{machine.runtime} {machine.precision}{parts}, artifacts {artifacts.digest[:16]}",
+        f"{how} {machine.precision}{parts}, artifacts {artifacts.digest[:16]}",
     )
+
+
+def step_of(files: SiteFiles) -> Step:
+    """What a step of training runs at this site."""
+    if files.federation.train.method == "forward-only":
+        return "forward"
+    return "ort" if files.config.machine.runtime == "ort" else "stepgraph"
 
 
 def open_artifacts(files: SiteFiles) -> EdgeArtifacts:
@@ -73,9 +80,9 @@ def open_artifacts(files: SiteFiles) -> EdgeArtifacts:
 def _trainer(
     files: SiteFiles, artifacts: EdgeArtifacts, micro_batch: int, examples: int
 ) -> Trainer:
-    config, machine = files.federation, files.config.machine
+    config, machine, step = files.federation, files.config.machine, step_of(files)
     threads = config.train.threads
-    if config.train.method == "forward-only":
+    if step == "forward":
         if machine.moments:
             raise ConfigError(
                 "machine.moments keeps what AdamW remembers, and train.method = forward-only has "
@@ -92,8 +99,7 @@ def _trainer(
         micro_batch,
     )
     moments = MomentFile(files.find(machine.moments)) if machine.moments else None
-    runtime: Runtime = "ort" if machine.runtime == "ort" else "stepgraph"
-    return make_trainer(artifacts, runtime, machine.precision, threads, settings, moments)
+    return make_trainer(artifacts, step, machine.precision, threads, settings, moments)
 
 
 class MomentFile(MomentStore):

@@ -21,6 +21,7 @@ from fedtune.errors import ConfigError
 from fedtune.types import Manifest
 
 Runtime = Literal["ort", "stepgraph"]
+Step = Literal["ort", "stepgraph", "forward"]  # what a step runs; forward: without gradients
 SHORTEST = 16  # tokens: texts that are cut more say nothing
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,19 @@ def open_engine(
     return StepGraphEngine(folder / files.STEP, manifest, threads, dropout)
 
 
-def check_files(artifacts: EdgeArtifacts, runtime: Runtime, precision: Precision) -> Path:
+_FILES: dict[Step, tuple[str, ...]] = {
+    "ort": (files.TRAINING, files.CHECKPOINT),
+    "stepgraph": (files.STEP,),
+    "forward": (),
+}
+
+
+def check_files(artifacts: EdgeArtifacts, step: Step, precision: Precision) -> Path:
     """The folder of a precision, whose files are what they must be; raises `ArtifactError`."""
-    needed = [files.FORWARD, *([files.TRAINING, files.CHECKPOINT] if runtime == "ort" else [])]
-    for name in [*needed, *([files.STEP] if runtime == "stepgraph" else [])]:
+    for name in (files.FORWARD, *_FILES[step]):
         artifacts.path(f"{precision}/{name}")
+    if step == "forward":
+        artifacts.path(files.INITIAL)
     return artifacts.folder / precision
 
 
@@ -79,8 +88,8 @@ def make_losses(
 ) -> EdgeLosses:
     """What training without gradients needs, on any ONNX Runtime; raises `ArtifactError`."""
     use_little_memory()
-    graph = artifacts.path(f"{precision}/{files.FORWARD}")
-    forward = ForwardModel(graph, artifacts.tensors, threads)
+    folder = check_files(artifacts, "forward", precision)
+    forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads)
     found = artifacts.manifest
     return EdgeLosses(forward, found.base_digest, found.task, found.pad_id, micro_batch)
 

@@ -118,8 +118,9 @@ def test_a_device_takes_part_with_a_forward_graph_alone(
     make_federation: Callable[..., Federation],
     tmp_path: Path,
     run_main: Callable[..., tuple[int, str, str]],
+    edge_plain_python: Path,
 ) -> None:
-    """Artifacts are built, the graphs with gradients are removed, and the federation goes on."""
+    """In an environment without torch; the graphs with gradients were removed."""
     federation = make_federation(tables={"train": {**TRAIN, "steps": 10}, "rounds": {"count": 2}})
     site = federation.site("clinic-1")
     code, _, err = run_main(
@@ -129,14 +130,14 @@ def test_a_device_takes_part_with_a_forward_graph_alone(
     for name in ("training.onnx", "checkpoint", "step.onnx"):
         for precision in ("float32", "int8"):
             (site / "artifacts" / precision / name).unlink()
-    file = site / "client.toml"
-    file.write_text(file.read_text().replace("[machine]", '[machine]\nruntime = "stepgraph"'))
+    federation.set_machine("clinic-1", runtime="stepgraph")
     server = federation.server()
-    clients = [federation.warm_client(name) for name in federation.sites]
+    device = federation.client("clinic-1", edge_plain_python)
+    clients = [federation.warm_client(name) for name in ("clinic-0", "clinic-2")]
     assert server.wait() == 0, server.stderr
-    for client in clients:
+    for client in (device, *clients):
         assert client.wait() == 0, client.stderr
-    assert "stepgraph float32" in clients[1].stderr
+    assert "without gradients float32" in device.stderr
     assert all(r["clients"] == list(federation.sites) for r in read_metrics(federation.run))
     simulated = adapter_tensors(federation.simulate(tmp_path))
     for name, value in adapter_tensors(federation.run).items():

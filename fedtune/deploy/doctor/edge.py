@@ -91,7 +91,7 @@ def _runtime(runtime: str) -> Verdict[None]:
 
 
 def _artifacts(files: SiteFiles) -> Verdict[EdgeArtifacts]:
-    from fedtune.deploy.edge_site import open_artifacts
+    from fedtune.deploy.edge_site import open_artifacts, step_of
     from fedtune.edge.artifacts import TOKENIZER
     from fedtune.edge.devices import check_files
 
@@ -99,7 +99,7 @@ def _artifacts(files: SiteFiles) -> Verdict[EdgeArtifacts]:
     if machine.runtime == "torch":
         raise ValueError("a site that trains with PyTorch has no artifacts")
     artifacts = open_artifacts(files)
-    check_files(artifacts, machine.runtime, machine.precision)
+    check_files(artifacts, step_of(files), machine.precision)
     artifacts.path(TOKENIZER)
     text = (
         f"{artifacts.folder}, digest {artifacts.digest}; the base model "
@@ -127,10 +127,11 @@ def _lengths(artifacts: EdgeArtifacts, rows: TextExamples) -> Verdict[int]:
 
 def _step(files: SiteFiles, artifacts: EdgeArtifacts, tokens: int) -> Verdict[int]:
     """What the training process takes of memory, as the artifacts' measured model has it."""
+    from fedtune.deploy.edge_site import step_of
     from fedtune.edge.devices import fit
 
     config, machine = files.federation, files.config.machine
-    memory = artifacts.manifest.memory.get(f"{machine.runtime}/{machine.precision}")
+    memory = artifacts.manifest.memory.get(f"{step_of(files)}/{machine.precision}")
     if memory is None:
         return Verdict(
             "warning",

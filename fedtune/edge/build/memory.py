@@ -13,7 +13,7 @@ import numpy as np
 
 from fedtune.config import Task
 from fedtune.edge.artifacts import FORWARD, Memory, Precision
-from fedtune.edge.devices import Runtime, open_engine
+from fedtune.edge.devices import Step, open_engine
 from fedtune.edge.runtime import import_runtime, import_training, use_little_memory
 from fedtune.edge.trainer import ForwardModel
 from fedtune.errors import ArtifactError
@@ -36,13 +36,13 @@ def measure(out: Path, task: Task, manifest: Manifest, longest: int) -> dict[str
         return {}
     return {
         f"{what}/{precision}": _fit(out, task, what, precision, manifest, longest)
-        for what in (*get_args(Runtime), "forward")
+        for what in get_args(Step)
         for precision in get_args(Precision)
     }
 
 
 def _fit(
-    out: Path, task: Task, what: str, precision: Precision, manifest: Manifest, longest: int
+    out: Path, task: Task, what: Step, precision: Precision, manifest: Manifest, longest: int
 ) -> Memory:
     steps = [(rows, min(tokens, longest)) for rows, tokens in _STEPS]
     shapes = [[tensor.name, list(tensor.shape)] for tensor in manifest.tensors]
@@ -91,11 +91,10 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def _open(what: str, folder: Path, manifest: Manifest) -> Callable[[Float32Vector, Batch], object]:
+def _open(what: Step, folder: Path, manifest: Manifest) -> Callable[[Float32Vector, Batch], object]:
     if what == "forward":
         return ForwardModel(folder / FORWARD, manifest, 1).logits
-    runtime: Runtime = "ort" if what == "ort" else "stepgraph"
-    return open_engine(runtime, folder, manifest, 1, dropout=False).gradient
+    return open_engine(what, folder, manifest, 1, dropout=False).gradient
 
 
 if __name__ == "__main__":
