@@ -26,6 +26,7 @@ from fedtune.types import digest_of
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "hospitals"
 UNSET = "unset"
+DIRECTIONS, PERTURBATION = 4096, 0.1
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -103,6 +104,15 @@ class Data(_Table):
 class Train(_Table):
     """Local training at a client, in one round."""
 
+    method: Literal["backprop", "forward-only"] = "backprop"
+    """`forward-only` computes no gradients (MeZO, Malladi et al. 2023): a step compares the losses
+    of two forward passes, and what travels is one number per direction, not the adapter. It takes
+    many more steps, and a learning rate of its own; see docs/forward-only.md."""
+    directions: int = Field(default=DIRECTIONS, ge=1, le=1_000_000)
+    """`forward-only`: in how many random directions the adapter can move; so many values travel."""
+    perturbation: Positive = PERTURBATION
+    """`forward-only`: how far along a direction the two losses are taken, as a length in the
+    adapter's space."""
     steps: int = Field(default=20, ge=1, le=1_000_000)
     """Optimizer steps per client and round."""
     batch_size: int = Field(default=8, ge=1, le=65_536)
@@ -134,6 +144,31 @@ class Train(_Table):
             ":" in self.device and (name != "cuda" or not index.isdecimal())
         ):
             raise ValueError("device must be auto, cpu, cuda, cuda:N or mps")
+        return self
+
+    @model_validator(mode="after")
+    def _method_is_possible(self) -> Self:
+        if self.method == "backprop":
+            if (self.directions, self.perturbation) != (DIRECTIONS, PERTURBATION):
+                raise ValueError(
+                    "train.directions and train.perturbation are for train.method = forward-only"
+                )
+            return self
+        if self.optimizer != "sgd" or self.weight_decay:
+            raise ValueError(
+                "train.method = forward-only is plain SGD: set train.optimizer = sgd, with a "
+                "train.lr for it, and leave out train.weight-decay"
+            )
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                "train.method = forward-only has no gradient that train.max-grad-norm could clip; "
+                "leave it out, and lower train.lr if training diverges"
+            )
+        if self.precision != "float32":
+            raise ValueError(
+                f"train.method = forward-only compares losses that differ in their fourth digit, "
+                f"and train.precision = {self.precision} has three: set it to float32"
+            )
         return self
 
 
@@ -322,11 +357,29 @@ class Config(_Table):
                     "privacy.unit = client needs aggregate.weighting = uniform: an exact count of "
                     "examples would tell of a client"
                 )
+        if self.privacy.unit == "record" and self.train.method == "forward-only":
+            raise ValueError(
+                "privacy.unit = record adds its noise to gradients, and train.method = "
+                "forward-only has none; use privacy.unit = client, or train.method = backprop"
+            )
         if self.privacy.unit == "record" and self.train.max_grad_norm is not None:
             raise ValueError(
                 "train.max-grad-norm would clip noisy gradients; privacy.example-clip clips already"
             )
         return self
+
+    @model_validator(mode="after")
+    def _two_passes_are_of_one_model(self) -> Self:
+        if self.train.method == "forward-only" and self.adapter.dropout:
+            raise ValueError(
+                "train.method = forward-only compares two passes, and adapter.dropout would make "
+                "them two models; set it to 0"
+            )
+        return self
+
+    def values_sent(self, adapter: int) -> int:
+        """How many values travel of an adapter of so many."""
+        return self.train.directions if self.train.method == "forward-only" else adapter
 
     @property
     def lacks_labels(self) -> bool:

@@ -118,6 +118,22 @@ def edge_artifacts(
 
 
 @pytest.fixture(scope="session")
+def edge_python() -> Path:
+    """The Python of a device that trains with ONNX Runtime's training build."""
+    from edge_environment import python_of
+
+    return python_of("edge")
+
+
+@pytest.fixture(scope="session")
+def edge_plain_python() -> Path:
+    """The Python of a device that has ONNX Runtime without training."""
+    from edge_environment import python_of
+
+    return python_of("edge-plain")
+
+
+@pytest.fixture(scope="session")
 def decoder_artifacts(
     build_artifacts: Callable[..., Any],
     tiny_decoder: Path,

@@ -40,12 +40,12 @@ _FILES = TypeAdapter(list[BaseFile])
 def fetch_base(
     files: SiteFiles, authority: bytes, key: ec.EllipticCurvePrivateKey, say: Say
 ) -> None:
-    """Fetch the base model that `files.federation` names, if it is not on this disk.
+    """Fetch the base model that `files.federation` names, if it is needed and not on this disk.
 
     What was begun before is gone on with. Raises `BaseModelError` or `NetworkError`.
     """
     digest = files.federation.base.digest
-    if digest is None or files.has_base():
+    if digest is None or not files.needs_base or files.has_base():
         return
     target = files.fetched_base(digest)
     begun = target.with_name(f"{digest}.part")

@@ -13,7 +13,7 @@ from fedtune.data import TextExamples
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
 from fedtune.edge.artifacts import EdgeArtifacts
-from fedtune.edge.devices import fit, make_trainer
+from fedtune.edge.devices import Step, fit, make_losses, make_trainer
 from fedtune.edge.optimizer import Moments
 from fedtune.edge.tokens import EdgeTokenizer
 from fedtune.edge.trainer import EdgeSettings, MomentStore
@@ -21,6 +21,8 @@ from fedtune.errors import ConfigError
 from fedtune.files import write_atomic
 from fedtune.resources import resident_memory
 from fedtune.round.local import record_privacy
+from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
+from fedtune.train.trainer import Trainer
 
 
 def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> SiteTraining:
@@ -28,17 +30,12 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
     config, machine = files.federation, files.config.machine
     if machine.runtime == "torch":
         raise ValueError("a site that trains with PyTorch has no artifacts")
-    if config.train.precision != "float32":
-        raise ConfigError(
-            f'train.precision = {config.train.precision} needs machine.runtime = "torch"'
-        )
-    artifacts = EdgeArtifacts(files.find(machine.artifacts), machine.artifacts_digest)
-    artifacts.check(config)
+    artifacts = open_artifacts(files)
     micro_batch, length = config.train.batch_size, artifacts.manifest.max_length
     tokenizer = EdgeTokenizer(artifacts, length)
     rows = tokenizer.prepare(train)
     if machine.max_memory_mb is not None:
-        memory = artifacts.manifest.memory.get(f"{machine.runtime}/{machine.precision}")
+        memory = artifacts.manifest.memory.get(f"{step_of(files)}/{machine.precision}")
         if memory is None:
             raise ConfigError(
                 "machine.max-memory-mb: the artifacts do not say what a step takes; build them on "
@@ -50,24 +47,59 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
         if fitting < longest:
             tokenizer = EdgeTokenizer(artifacts, fitting)
             rows = tokenizer.prepare(train)
-    settings = EdgeSettings(
-        config.train.optimizer,
-        config.train.weight_decay,
-        config.train.max_grad_norm,
-        record_privacy(config, len(train)),
-        micro_batch,
-    )
-    moments = MomentFile(files.find(machine.moments)) if machine.moments else None
-    trainer = make_trainer(
-        artifacts, machine.runtime, machine.precision, config.train.threads, settings, moments
-    )
+    trainer = _trainer(files, artifacts, micro_batch, len(train))
     parts = f", {micro_batch} at a time" if micro_batch < config.train.batch_size else ""
+    how = "without gradients" if step_of(files) == "forward" else machine.runtime
     return SiteTraining(
         trainer,
         rows,
         tokenizer.prepare(test) if test else None,
-        f"{machine.runtime} {machine.precision}{parts}, artifacts {artifacts.digest[:16]}",
+        f"{how} {machine.precision}{parts}, artifacts {artifacts.digest[:16]}",
     )
+
+
+def step_of(files: SiteFiles) -> Step:
+    """What a step of training runs at this site."""
+    if files.federation.train.method == "forward-only":
+        return "forward"
+    return "ort" if files.config.machine.runtime == "ort" else "stepgraph"
+
+
+def open_artifacts(files: SiteFiles) -> EdgeArtifacts:
+    """The site's artifacts, which are of its federation; raises `UsageError`."""
+    config, machine = files.federation, files.config.machine
+    if config.train.precision != "float32":
+        raise ConfigError(
+            f'train.precision = {config.train.precision} needs machine.runtime = "torch"'
+        )
+    artifacts = EdgeArtifacts(files.find(machine.artifacts), machine.artifacts_digest)
+    artifacts.check(config)
+    return artifacts
+
+
+def _trainer(
+    files: SiteFiles, artifacts: EdgeArtifacts, micro_batch: int, examples: int
+) -> Trainer:
+    config, machine, step = files.federation, files.config.machine, step_of(files)
+    threads = config.train.threads
+    if step == "forward":
+        if machine.moments:
+            raise ConfigError(
+                "machine.moments keeps what AdamW remembers, and train.method = forward-only has "
+                "no AdamW; leave it out"
+            )
+        directions = directions_of(config, artifacts.tensors, artifacts.initial())
+        losses = make_losses(artifacts, machine.precision, threads, micro_batch)
+        return ForwardOnlyTrainer(losses, directions, config.train.perturbation)
+    settings = EdgeSettings(
+        config.train.optimizer,
+        config.train.weight_decay,
+        config.train.max_grad_norm,
+        record_privacy(config, examples),
+        micro_batch,
+    )
+    moments = MomentFile(files.find(machine.moments)) if machine.moments else None
+    return make_trainer(artifacts, step, machine.precision, threads, settings, moments)
 
 
 class MomentFile(MomentStore):

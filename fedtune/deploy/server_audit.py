@@ -36,7 +36,7 @@ class ServerAudit(Observer):
         self._log.append(
             Event.SERVER_STARTED,
             {
-                **agreement(job.config, job.base_digest, job.adapter.manifest, authority.roster),
+                **agreement(job.config, job.base_digest, job.manifest, authority.roster),
                 "run": run.journal.identity()["run_id"],
                 "sites": tuple(client.name for client in job.clients),
                 "resumed-after-round": len(records),
@@ -107,7 +107,8 @@ class ServerAudit(Observer):
             **more,
         }
         if record.round == number:  # of earlier rounds the journal keeps no adapter
-            details["adapter"] = sha256_hex(state.adapter.astype("<f4").tobytes())
+            adapter = self._job.adapter_at(state.adapter)
+            details["adapter"] = sha256_hex(adapter.astype("<f4").tobytes())
             config = self._job.config
             if (spent := epsilon_of_sums(config, self._run.journal)) is not None:
                 details |= {"epsilon": spent, "delta": config.privacy.delta}

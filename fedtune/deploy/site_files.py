@@ -103,6 +103,11 @@ class SiteFiles:
         """Where the base model of this digest is put when it comes from the server."""
         return self.find(self.config.machine.models) / digest
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether this site loads the base model; artifacts hold what a device needs of it."""
+        return self.config.machine.runtime == "torch"
+
     def has_base(self) -> bool:
         """Whether there is a base model here; that it is the right one is seen when it is loaded.
 

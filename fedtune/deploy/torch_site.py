@@ -9,7 +9,9 @@ from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
 from fedtune.round.local import record_privacy
 from fedtune.simulation.job import TextModel, torch_settings
+from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
 from fedtune.train.torch_trainer import TorchTrainer, choose_device
+from fedtune.train.trainer import Trainer
 
 
 def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> SiteTraining:
@@ -18,11 +20,17 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
     device = choose_device(config.train.device)
     torch.set_num_threads(config.train.threads)
     model = TextModel(config, len(config.data.labels))
+    initial = model.adapter.read()
     if device.type != "cpu":
         model.adapter.to(device)
     settings = torch_settings(config.train, record_privacy(config, len(train)))
+    torch_trainer = TorchTrainer(model.adapter, model.task, model.base.digest, settings)
+    trainer: Trainer = torch_trainer
+    if config.train.method == "forward-only":
+        directions = directions_of(config, model.adapter.manifest, initial)
+        trainer = ForwardOnlyTrainer(torch_trainer, directions, config.train.perturbation)
     return SiteTraining(
-        TorchTrainer(model.adapter, model.task, model.base.digest, settings),
+        trainer,
         model.prepare(train),
         model.prepare(test) if test else None,
         f"base model {config.base.path}",

@@ -28,7 +28,7 @@ from fedtune.deploy.worker import (
     write_frame,
 )
 from fedtune.errors import AuditWriteError, FedtuneError, WireError
-from fedtune.flower.client_app import Machine
+from fedtune.round.machine import Machine
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from fedtune.types import Float32Vector, Manifest, digest_of, sha256_hex
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REFERENCE = "reference.safetensors"
+INITIAL = "initial.safetensors"
 BASE = "base.bin"
 TRAINING, CHECKPOINT = "training.onnx", "checkpoint"
 STEP, FORWARD = "step.onnx", "forward.onnx"
@@ -91,6 +92,8 @@ class EdgeManifest(_Part):
 
     format: Literal[1]
     base_digest: Sha256
+    seed: int = Field(ge=0)
+    """Of the initial adapter, from which training without gradients starts."""
     agreed: Sha256
     """Digest of what of the configuration is in the graphs, see `agreed_digest`."""
     adapter: tuple[Tensor, ...]
@@ -158,8 +161,13 @@ class EdgeArtifacts:
             )
         if found.agreed != agreed_digest(config):
             raise ArtifactError(
-                f"{self.folder}: built for another task, adapter, seed, pooling, max-length or "
-                "number of labels than the federation has; build them from its federation.toml"
+                f"{self.folder}: built for another task, adapter, pooling, max-length or number of "
+                "labels than the federation has; build them from its federation.toml"
+            )
+        if config.train.method == "forward-only" and found.seed != config.seed:
+            raise ArtifactError(
+                f"{self.folder}: their initial adapter is of seed {found.seed}, the federation's "
+                f"of {config.seed}; build them from its federation.toml"
             )
 
     def path(self, name: str) -> Path:
@@ -180,7 +188,17 @@ class EdgeArtifacts:
 
     def reference(self) -> dict[str, Float32Vector]:
         """What torch computed where the artifacts were built, see `edge.verify`."""
-        path = self.path(REFERENCE)
+        return self._tensors(REFERENCE)
+
+    def initial(self) -> Float32Vector:
+        """The adapter as the seed has it, float32 `[tensors.size]`; raises `ArtifactError`."""
+        try:
+            return self.tensors.join(self._tensors(INITIAL))
+        except ValueError as error:
+            raise ArtifactError(f"{self.folder / INITIAL}: {error}") from error
+
+    def _tensors(self, name: str) -> dict[str, Float32Vector]:
+        path = self.path(name)
         try:
             tensors = load_tensors(path.read_bytes())
         except (OSError, SafetensorError) as error:

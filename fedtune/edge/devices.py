@@ -10,11 +10,18 @@ from fedtune.edge import artifacts as files
 from fedtune.edge.artifacts import EdgeArtifacts, Memory, Precision
 from fedtune.edge.engines import Engine, StepGraphEngine, TrainingEngine
 from fedtune.edge.runtime import use_little_memory
-from fedtune.edge.trainer import EdgeSettings, EdgeTrainer, ForwardModel, MomentStore
+from fedtune.edge.trainer import (
+    EdgeLosses,
+    EdgeSettings,
+    EdgeTrainer,
+    ForwardModel,
+    MomentStore,
+)
 from fedtune.errors import ConfigError
 from fedtune.types import Manifest
 
 Runtime = Literal["ort", "stepgraph"]
+Step = Literal["ort", "stepgraph", "forward"]  # what a step runs; forward: without gradients
 SHORTEST = 16  # tokens: texts that are cut more say nothing
 logger = logging.getLogger(__name__)
 
@@ -29,11 +36,19 @@ def open_engine(
     return StepGraphEngine(folder / files.STEP, manifest, threads, dropout)
 
 
-def check_files(artifacts: EdgeArtifacts, runtime: Runtime, precision: Precision) -> Path:
+_FILES: dict[Step, tuple[str, ...]] = {
+    "ort": (files.TRAINING, files.CHECKPOINT),
+    "stepgraph": (files.STEP,),
+    "forward": (),
+}
+
+
+def check_files(artifacts: EdgeArtifacts, step: Step, precision: Precision) -> Path:
     """The folder of a precision, whose files are what they must be; raises `ArtifactError`."""
-    needed = [files.FORWARD, *([files.TRAINING, files.CHECKPOINT] if runtime == "ort" else [])]
-    for name in [*needed, *([files.STEP] if runtime == "stepgraph" else [])]:
+    for name in (files.FORWARD, *_FILES[step]):
         artifacts.path(f"{precision}/{name}")
+    if step == "forward":
+        artifacts.path(files.INITIAL)
     return artifacts.folder / precision
 
 
@@ -66,6 +81,17 @@ def make_trainer(
         settings,
         moments,
     )
+
+
+def make_losses(
+    artifacts: EdgeArtifacts, precision: Precision, threads: int, micro_batch: int
+) -> EdgeLosses:
+    """What training without gradients needs, on any ONNX Runtime; raises `ArtifactError`."""
+    use_little_memory()
+    folder = check_files(artifacts, "forward", precision)
+    forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads)
+    found = artifacts.manifest
+    return EdgeLosses(forward, found.base_digest, found.task, found.pad_id, micro_batch)
 
 
 def fit(memory: Memory, budget: float, batch_size: int, tokens: int) -> tuple[int, int]:

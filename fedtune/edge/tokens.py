@@ -15,11 +15,13 @@ from fedtune.edge.artifacts import EdgeArtifacts
 from fedtune.errors import ArtifactError
 from fedtune.train.texts import TokenizedTexts, ended
 
+_NO_LIMIT = 1 << 30  # tokens
+
 
 class EdgeTokenizer:
-    """The tokenizer of a base model, which cuts texts to `max_length` tokens."""
+    """The tokenizer of a base model, which cuts texts to `max_length` tokens, or not if None."""
 
-    def __init__(self, artifacts: EdgeArtifacts, max_length: int) -> None:
+    def __init__(self, artifacts: EdgeArtifacts, max_length: int | None) -> None:
         """Raises `ArtifactError`."""
         path = artifacts.path(files.TOKENIZER)
         try:
@@ -28,11 +30,14 @@ class EdgeTokenizer:
             raise ArtifactError(f"{path}: cannot be read: {error}") from error
         self._max_length, self._end_id = max_length, artifacts.manifest.end_id
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length)
+        if max_length is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(max_length)
 
     def prepare(self, examples: TextExamples) -> TokenizedTexts:
         """The texts as the trainer takes them; raises `DataError`."""
         rows = [one.ids for one in self._tokenizer.encode_batch(list(examples.texts))]
         if self._end_id is not None:
-            rows = ended(rows, self._end_id, self._max_length)
+            rows = ended(rows, self._end_id, self._max_length or _NO_LIMIT)
         return TokenizedTexts.of(rows, examples.labels)

@@ -82,6 +82,57 @@ class ForwardModel:
         return found
 
 
+class EdgeLosses:
+    """Losses and scores of a `ForwardModel`; at most `micro_batch` rows go through at once."""
+
+    def __init__(
+        self, forward: ForwardModel, base_digest: str, task: Task, pad_id: int, micro_batch: int
+    ) -> None:
+        self._forward, self._base_digest = forward, base_digest
+        self._task, self._pad_id, self._micro_batch = task, pad_id, micro_batch
+
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 of the base model of which the graph was made."""
+        return self._base_digest
+
+    def loss(self, adapter: Float32Vector, data: Dataset, rows: NDArray[np.int64]) -> float:
+        """The mean cross-entropy of these rows at `adapter`."""
+        texts, total, count = _texts(data), 0.0, 0
+        for part in _parts(rows, self._micro_batch):
+            batch, _, losses = self._pass(adapter, texts, part)
+            total += float(losses.sum())
+            count += _labels_that_count(batch)
+        return total / count
+
+    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
+        """Evaluate in micro-batches of similar length."""
+        texts = _texts(data)
+        order = np.argsort(texts.lengths, kind="stable")
+        loss_sum, classes = 0.0, self._task == "text-classification"
+        found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        for rows in _parts(order, min(EVALUATED_AT_ONCE[self._task], self._micro_batch)):
+            batch, logits, losses = self._pass(adapter, texts, rows)
+            if classes:
+                loss_sum += float(losses.sum())
+                found.append(logits.argmax(-1))
+            else:  # of each text the mean over its tokens
+                followed = (batch.labels != IGNORED).reshape(len(rows), -1).sum(1)
+                loss_sum += float((losses.reshape(len(rows), -1).sum(1) / followed).sum())
+        # In the order in which they were asked, as a trainer with PyTorch gives them.
+        predictions, labels = np.concatenate(found), texts.labels[order[: len(order) * classes]]
+        correct = int((predictions == labels).sum())
+        return Evaluation(len(texts), loss_sum, correct, predictions, labels)
+
+    def _pass(
+        self, adapter: Float32Vector, texts: TokenizedTexts, rows: NDArray[np.int64]
+    ) -> tuple[Batch, NDArray[np.float64], NDArray[np.float64]]:
+        """A batch of these rows, its logits, and the loss of each label."""
+        batch = COLLATE[self._task](texts, rows, self._pad_id)
+        logits = self._forward.logits(adapter, batch).astype(np.float64)
+        return batch, logits, cross_entropy(logits, batch.labels)
+
+
 class EdgeTrainer:
     """Trains an adapter through an `Engine`, micro-batch by micro-batch."""
 
@@ -98,7 +149,8 @@ class EdgeTrainer:
     ) -> None:
         self._manifest, self._base_digest = manifest, base_digest
         self._task, self._pad_id = task, pad_id
-        self._engine, self._forward = engine, forward
+        self._engine = engine
+        self._losses = EdgeLosses(forward, base_digest, task, pad_id, settings.micro_batch)
         self._settings = settings
         self._moments = moments or FreshMoments()
 
@@ -139,25 +191,7 @@ class EdgeTrainer:
 
     def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
         """Evaluate in micro-batches of similar length."""
-        texts = _texts(data)
-        order = np.argsort(texts.lengths, kind="stable")
-        loss_sum, classes = 0.0, self._task == "text-classification"
-        found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-        at_once = min(EVALUATED_AT_ONCE[self._task], self._settings.micro_batch)
-        for rows in _parts(order, at_once):
-            batch = self._batch(texts, rows)
-            logits = self._forward.logits(adapter, batch).astype(np.float64)
-            losses = cross_entropy(logits, batch.labels)
-            if classes:
-                loss_sum += float(losses.sum())
-                found.append(logits.argmax(-1))
-            else:  # of each text the mean over its tokens
-                followed = (batch.labels != IGNORED).reshape(len(rows), -1).sum(1)
-                loss_sum += float((losses.reshape(len(rows), -1).sum(1) / followed).sum())
-        # In the order in which they were asked, as a trainer with PyTorch gives them.
-        predictions, labels = np.concatenate(found), texts.labels[order[: len(order) * classes]]
-        correct = int((predictions == labels).sum())
-        return Evaluation(len(texts), loss_sum, correct, predictions, labels)
+        return self._losses.evaluate(adapter, data)
 
     def _batch(self, data: TokenizedTexts, rows: NDArray[np.int64]) -> Batch:
         return COLLATE[self._task](data, rows, self._pad_id)

@@ -34,6 +34,9 @@ class Passport:
     rounds: int
     clients: int
     rule: str
+    method: str  # `train.method`; the directions of forward-only training come from the seed
+    directions: int | None
+    seed: int
     epsilon: float | None
     epsilon_unit: str
     fedtune_version: str

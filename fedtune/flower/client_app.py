@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
 
 import fedtune.flower.internals  # isort: skip  # noqa: F401  # sets Flower's switches first
 from flwr.app import Context, Message
@@ -12,20 +11,9 @@ from flwr.clientapp import ClientApp
 
 from fedtune.errors import FedtuneError, WireError
 from fedtune.flower.envelope import CLIENT_FAILED, CLIENT_REFUSED, failure, reply, unwrap
+from fedtune.round.machine import Machine
 
 logger = logging.getLogger(__name__)
-
-
-class Machine(Protocol):
-    """What answers: a `ClientMachine`, here or in another process of the site."""
-
-    def hello(self, payload: bytes) -> bytes: ...
-
-    def converse(self, payload: bytes) -> bytes: ...
-
-    def train(self, payload: bytes) -> bytes: ...
-
-    def evaluate(self, payload: bytes) -> bytes: ...
 
 
 def make_client_app(

@@ -37,7 +37,6 @@ from flwr.supercore.constant import (  # isort: skip
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
 )
-from flwr.supercore.error import ApiErrorCode  # isort: skip
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (  # isort: skip
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
@@ -48,6 +47,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient  # isort: skip
 HEARTBEAT_SECONDS = 10.0  # Flower's least; a site that is silent for twice as long is offline
 
 PATIENCE_SECONDS = 120.0  # for which a piece of a message is tried again
+# Of Flower's ApiErrorCode, whose package imports a web framework for servers.
+INVALID_HEARTBEAT_INTERVAL, NODE_ACTIVATION_FAILED = 2003, 2004
 LARGEST_RESPONSE = 16 << 20  # Flower sends objects in pieces of 5 MiB
 NOT_LET_IN = (
     "the server does not let this site connect: its roster has no such transport key. "
@@ -168,9 +169,9 @@ class NodeConnection:
                 self._client.ActivateNode(request)
         except ServerRefused as error:
             code = _flower_code(error.__cause__)
-            if code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+            if code == INVALID_HEARTBEAT_INTERVAL:
                 return True
-            if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+            if code == NODE_ACTIVATION_FAILED:
                 return False
             raise
         raise ServerRefused("the server accepts any heartbeat; it is not a fedtune server")

@@ -93,7 +93,7 @@ def simulate(request: SimulateRequest, as_json: bool) -> int:
             [
                 f"{len(job.clients)} clients, {config.rounds.count} rounds: {job.data_words}",
                 f"base {job.base_name}, {job.adapter_words}, "
-                f"{job.adapter.manifest.size:,} parameters travel",
+                f"{job.manifest.size:,} parameters travel",
             ],
             config.rounds.count,
         )

@@ -30,6 +30,8 @@ from fedtune.round.client import ClientMachine
 from fedtune.round.local import record_privacy
 from fedtune.round.membership import Membership
 from fedtune.round.terms import make_quantizer, make_terms
+from fedtune.train.directions import Directions
+from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
 from fedtune.train.private import RecordPrivacy
 from fedtune.train.task import (
     TASKS,
@@ -41,7 +43,8 @@ from fedtune.train.task import (
 )
 from fedtune.train.texts import TokenizedTexts
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer, choose_device
-from fedtune.train.trainer import Dataset
+from fedtune.train.trainer import Dataset, Trainer
+from fedtune.types import Float32Vector, Manifest
 from fedtune.update import make_pipeline
 
 PACKAGED_DATA = "icd10"
@@ -74,15 +77,41 @@ class Job:
     data_words: str
     warnings: tuple[str, ...]
     has_classifier: bool = False  # whether it is an encoder with a linear head on top
+    directions: Directions | None = None  # in which forward-only training moves the adapter
 
-    def trainer(self, record_privacy: RecordPrivacy | None = None) -> TorchTrainer:
+    @property
+    def manifest(self) -> Manifest:
+        """Of what travels."""
+        return self.directions.manifest if self.directions else self.adapter.manifest
+
+    def initial(self) -> Float32Vector:
+        """What the first round starts from, float32 `[manifest.size]`."""
+        if self.directions:
+            return np.zeros(self.directions.count, np.float32)
+        return self.adapter.read()
+
+    def adapter_at(self, state: Float32Vector) -> Float32Vector:
+        """The adapter that is meant by what travels, float32 `[adapter.manifest.size]`."""
+        return self.directions.expand(state) if self.directions else state
+
+    def trainer(self) -> Trainer:
         """A trainer on the resident model."""
+        return self._trainer(self.torch_trainer())
+
+    def torch_trainer(self, record_privacy: RecordPrivacy | None = None) -> TorchTrainer:
+        """A trainer of adapters, not of directions, on the resident model."""
         settings = torch_settings(self.config.train, record_privacy)
         return TorchTrainer(self.adapter, self.task, self.base_digest, settings)
 
-    def trainer_of(self, place: int) -> TorchTrainer:
+    def _trainer(self, model: TorchTrainer) -> Trainer:
+        if self.directions is None:
+            return model
+        return ForwardOnlyTrainer(model, self.directions, self.config.train.perturbation)
+
+    def trainer_of(self, place: int) -> Trainer:
         """What the client in `place` trains with, which its number of examples may decide."""
-        return self.trainer(record_privacy(self.config, len(self.clients[place].train)))
+        examples = len(self.clients[place].train)
+        return self._trainer(self.torch_trainer(record_privacy(self.config, examples)))
 
     def machine(self, place: int, membership: Membership | None = None) -> ClientMachine:
         """The client in `place` as the round sees it."""
@@ -93,7 +122,7 @@ class Job:
             self.trainer_of(place),
             client.train,
             client.test,
-            make_pipeline(self.config.update, self.adapter.manifest.size),
+            make_pipeline(self.config.update, self.manifest.size),
             membership,
         )
 
@@ -173,13 +202,14 @@ def job_of_model(
         task=model.task,
         base_name=config.base.path,
         base_digest=model.base.digest,
-        adapter_words=f"LoRA r={config.adapter.rank} on {targets}{head}",
+        adapter_words=f"LoRA r={config.adapter.rank} on {targets}{head}" + _method_words(config),
         clients=tuple(clients),
         test=model.prepare(test) if test else None,
         labels=labels,
         data_words=data_words,
         warnings=warnings,
         has_classifier=bool(labels),
+        directions=_directions(config, model.adapter),
     )
 
 
@@ -194,7 +224,11 @@ def check_cohort(config: Config, clients: int) -> None:
 
 
 def check_privacy(config: Config, size: int, clients: int) -> None:
-    """Raise `ConfigError` if updates of `size` values of so many clients cannot be protected."""
+    """Raise `ConfigError` if updates of so many clients cannot be protected.
+
+    The adapter has `size` values.
+    """
+    size = config.values_sent(size)
     cohort = min(config.rounds.clients_per_round or clients, clients)
     terms = make_terms(config, clients)
     if config.secagg.enabled:
@@ -269,7 +303,7 @@ def custom_job(
         task=task,
         base_name=type(module).__name__,
         base_digest=base_digest,
-        adapter_words=" + ".join(words),
+        adapter_words=" + ".join(words) + _method_words(config),
         clients=tuple(
             JobClient(
                 name,
@@ -283,7 +317,20 @@ def custom_job(
         labels=tuple(str(label) for label in range(labels)),
         data_words=f"own data of {len(clients)} clients",
         warnings=(),
+        directions=_directions(config, attached),
     )
+
+
+def _directions(config: Config, adapter: AttachedAdapter) -> Directions | None:
+    if config.train.method == "backprop":
+        return None
+    return directions_of(config, adapter.manifest, adapter.read())
+
+
+def _method_words(config: Config) -> str:
+    if config.train.method == "backprop":
+        return ""
+    return f", forward-only in {config.train.directions:,} directions"
 
 
 def digest_module(module: nn.Module) -> str:

@@ -39,7 +39,8 @@ class Plan:
     """Noise and epsilon of a whole run.
 
     `noise_to_signal` compares, unit "client", the length of the noise in the sum with that of
-    the longest sum of updates; above 1 the noise is the larger. None for unit "record".
+    the longest sum of updates; above 1 the noise is the larger. The noise is in `values` values:
+    the adapter's, or with forward-only training one per direction. None for unit "record".
     """
 
     unit: str
@@ -49,6 +50,7 @@ class Plan:
     rounds: int
     clients: int
     noise_to_signal: float | None
+    values: int | None
     sampling_rate: float | None
     steps: int | None
 
@@ -74,13 +76,14 @@ def make_plan(request: PlanRequest) -> Plan:
         # Who asks for a number of clients asks for a federation of so many.
         terms = make_terms(config, request.clients or config.data.clients or clients)
         terms.check(clients)
-        release = client_release(config, request.parameters, 1)
+        values = config.values_sent(request.parameters)
+        release = client_release(config, values, 1)
         noise = math.sqrt(release.variance) / release.l2
         epsilon = Ledger([release] * rounds).epsilon(delta)
         # If all stay to the end, all their shares of the noise are in the sum.
         excess = clients / (terms.fewest_survivors(clients) - terms.colluders_of(clients))
-        ratio = noise * math.sqrt(request.parameters * excess) / clients
-        return Plan("client", epsilon, delta, noise, rounds, clients, ratio, None, None)
+        ratio = noise * math.sqrt(values * excess) / clients
+        return Plan("client", epsilon, delta, noise, rounds, clients, ratio, values, None, None)
     record = record_release(config, request.examples, 1)
     epsilon = Ledger([record] * rounds).epsilon(delta)
     return Plan(
@@ -90,6 +93,7 @@ def make_plan(request: PlanRequest) -> Plan:
         record.noise_multiplier,
         rounds,
         clients,
+        None,
         None,
         record.sampling_rate,
         record.steps,
@@ -127,7 +131,7 @@ def _show(found: Plan, request: PlanRequest) -> None:
     if found.noise_to_signal is not None:
         table.add_row(
             "noise / signal",
-            f"{found.noise_to_signal:.2f}: the noise in {request.parameters:,} values against the "
+            f"{found.noise_to_signal:.2f}: the noise in {found.values:,} values against the "
             f"longest sum of {found.clients} updates",
         )
         if found.noise_to_signal > 1:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedtune.errors import JobError
+from fedtune.config import Config
+from fedtune.errors import ConfigError, JobError
 from fedtune.flower.pool import Failed, Pool, Task
 from fedtune.simulation.job import Job, all_training_rows
 from fedtune.simulation.packing import pack_evaluation, unpack_evaluation
@@ -40,6 +41,15 @@ class ReferenceResult:
     evaluation: Evaluation
     seconds: float
     sample_steps: int
+
+
+def check_references(config: Config, wanted: bool) -> None:
+    """Raise `ConfigError` if references are wanted that cannot be trained alike."""
+    if wanted and config.train.method == "forward-only":
+        raise ConfigError(
+            "--references are trained with gradients, for which the train.lr of train.method = "
+            "forward-only is not meant; run them with train.method = backprop"
+        )
 
 
 def run_references(
@@ -146,7 +156,7 @@ def _train_linear_head(job: Job) -> ReferenceResult:
     data, test = all_training_rows(job.clients), _evaluation_set(job, None)
     if not isinstance(data, TokenizedTexts) or not isinstance(test, TokenizedTexts):
         raise JobError("a linear head is a reference for texts only")
-    trainer = job.trainer()
+    trainer = job.torch_trainer()
     device = trainer.device
     features, test_features = (
         torch.from_numpy(trainer.features(rows)).to(device) for rows in (data, test)

@@ -35,7 +35,7 @@ from fedtune.simulation import folder as names
 from fedtune.simulation.dropout import Dropout
 from fedtune.simulation.folder import RunFolder
 from fedtune.simulation.job import Job, JobClient
-from fedtune.simulation.references import ReferenceResult, run_references
+from fedtune.simulation.references import ReferenceResult, check_references, run_references
 from fedtune.simulation.sites import Sites, needs_sites
 from fedtune.simulation.workers import COMMON_TEST, evaluate, make_pool
 from fedtune.train.trainer import Evaluation
@@ -69,7 +69,8 @@ class Outcome:
 
 def create_run(job: Job, path: Path, references: bool) -> RunFolder:
     """The folder of a new run of `job`."""
-    initial = job.adapter.read()
+    check_references(job.config, references)
+    initial = job.initial()
     rule_state = rounds.make_rule(job.config.aggregate).init(len(initial))
     identity = {
         "run_id": secrets.token_hex(16),
@@ -125,6 +126,7 @@ class Simulation(Observer):
         if parties is None and (needs_sites(job.config) or options.policy != OPEN_POLICY):
             names_of_clients = [client.name for client in job.clients]
             parties = Sites(run.path / names.SITES, names_of_clients, options.policy)
+        check_references(job.config, options.references)
         self._parties = parties
         self._job = job
         self._run = run
@@ -135,7 +137,7 @@ class Simulation(Observer):
         self._watchers = watchers
         self._federation = rounds.Federation(
             job.config,
-            job.adapter.manifest,
+            job.manifest,
             job.base_digest,
             run.journal,
             parties.authority if parties and job.config.secagg.enabled else None,
@@ -281,12 +283,13 @@ class Simulation(Observer):
         records = self._run.journal.records()
         summary = self._summary(status, records, error)
         peft_config, manifest = job.adapter.peft_config, job.adapter.manifest
-        passport = self._passport(number, state.adapter)
-        write_adapter(path / names.ADAPTER, manifest, state.adapter, peft_config, passport)
+        adapter = job.adapter_at(state.adapter)
+        passport = self._passport(number, adapter)
+        write_adapter(path / names.ADAPTER, manifest, adapter, peft_config, passport)
         write_json(path / names.SUMMARY, summary.to_json())
         write_atomic(path / names.REPORT, render_html(summary, records).encode())
         write_events(path / names.TENSORBOARD, records)
-        return Outcome(path, summary, tuple(records), state.adapter, error)
+        return Outcome(path, summary, tuple(records), adapter, error)
 
     def _summary(
         self, status: Status, records: list[RoundRecord], error: JobError | None
@@ -391,6 +394,9 @@ class Simulation(Observer):
             rounds=number,
             clients=len(job.clients),
             rule=config.aggregate.rule,
+            method=config.train.method,
+            directions=job.directions.count if job.directions else None,
+            seed=config.seed,
             epsilon=self._epsilon(),
             epsilon_unit=_unit_words(config),
             fedtune_version=importlib.metadata.version("fedtune"),
@@ -426,7 +432,7 @@ def _digests(job: Job) -> dict[str, str]:
     }
     return {
         "base_model_digest": job.base_digest,
-        "adapter_manifest_digest": job.adapter.manifest.digest,
+        "adapter_manifest_digest": job.manifest.digest,
         "configuration_digest": job.config.digest,
         "data_digest": digest_of(data),
     }

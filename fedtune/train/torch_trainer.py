@@ -138,6 +138,13 @@ class TorchTrainer:
         with self._autocast():
             return self._task.loss(self._adapter.module, batch)
 
+    def loss(self, adapter: Float32Vector, data: Dataset, rows: NDArray[np.int64]) -> float:
+        """The mean loss of these rows at `adapter`, without dropout; no gradient is kept."""
+        self._adapter.write(adapter)
+        self._adapter.module.eval()
+        with torch.inference_mode():
+            return float(self._loss(data, rows))
+
     def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
         """Evaluate in batches of similar length; no gradient is kept."""
         self._adapter.write(adapter)

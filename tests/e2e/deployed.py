@@ -95,6 +95,9 @@ class Federation:
         """
         self.folder, self._launch, self.sites = folder, launcher, tuple(sites)
         self._memories: dict[str, Path] = {}
+        # One for all, because each reads all of this machine's authorities; and no connection is
+        # kept to a server that may be killed.
+        self._http = httpx.Client(timeout=10, limits=httpx.Limits(max_keepalive_connections=0))
         labels = sorted(
             {
                 json.loads(line)["label"]
@@ -151,7 +154,7 @@ class Federation:
     def ask(self, path: str) -> httpx.Response | None:
         """What the server says of itself; None if nobody answers."""
         try:
-            return httpx.get(f"http://127.0.0.1:{self.status_port}{path}", timeout=10)
+            return self._http.get(f"http://127.0.0.1:{self.status_port}{path}")
         except httpx.TransportError:
             return None
 

@@ -18,11 +18,14 @@ import click
 import pytest
 import typer
 import yaml
+from edge_environment import UNUSED
 
 from fedtune.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGES = ("server/Dockerfile", "client/Dockerfile", "client/Dockerfile.cuda")
+EDGE = "client/Dockerfile.edge"
+IMAGES = ("server/Dockerfile", "client/Dockerfile", "client/Dockerfile.cuda", EDGE)
+REQUIREMENTS = ("client/requirements.edge-plain.txt", "client/requirements.edge.txt")
 COMPOSED = ("server", "client")
 _KNOWN = {
     *("FROM", "WORKDIR", "COPY", "RUN", "ARG", "ENV", "USER", "VOLUME", "EXPOSE"),
@@ -87,13 +90,8 @@ def _ignored(name: str) -> bool:
 def test_an_image_has_what_it_installs_and_nothing_else(path: str) -> None:
     build, final = _stages(path)
     sources = [word for words in _all(build, "COPY") for word in words.split()[:-1]]
-    assert sorted(sources) == [
-        "LICENSE",
-        "README.md",
-        "constraints.txt",
-        "fedtune",
-        "pyproject.toml",
-    ]
+    pins = REQUIREMENTS if path == EDGE else ("constraints.txt",)
+    assert sorted(sources) == sorted(["LICENSE", "README.md", "fedtune", "pyproject.toml", *pins])
     for source in sources:
         assert (ROOT / source).exists(), source
         assert not _ignored(source), source
@@ -103,7 +101,7 @@ def test_an_image_has_what_it_installs_and_nothing_else(path: str) -> None:
     assert bases == ["python:3.11-slim-bookworm"] * 2
 
 
-@pytest.mark.parametrize("path", IMAGES)
+@pytest.mark.parametrize("path", [path for path in IMAGES if path != EDGE])
 def test_an_image_installs_the_set_that_was_tested(path: str) -> None:
     build, final = _stages(path)
     installs = [words for words in _all(build, "RUN") if "pip install" in words]
@@ -120,6 +118,24 @@ def test_an_image_installs_the_set_that_was_tested(path: str) -> None:
         line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().split("\n")
     }
     assert "torch" in pinned
+
+
+def test_the_image_of_a_device_installs_the_device_s_packages_and_no_more() -> None:
+    build, final = _stages(EDGE)
+    installs = [words for words in _all(build, "RUN") if " install " in words]
+    assert len(installs) == 2
+    # As the head of the requirements says, and as the tests' environment is made.
+    options = "install --no-cache-dir --no-deps --no-compile "
+    assert all(f"pip --python /opt/fedtune/bin/python {options}" in words for words in installs)
+    assert installs[0].endswith('--requirement "client/requirements.$RUNTIME.txt"')
+    assert installs[1].endswith(" .")
+    assert _all(build, "ARG") == ['RUNTIME="edge"']
+    [unused] = UNUSED
+    assert any(
+        words.startswith("rm -f ") and words.endswith(unused) for words in _all(build, "RUN")
+    )
+    assert "RUNTIME=edge-plain" in (ROOT / EDGE).read_text()
+    assert not [words for words in _all(final, "RUN") if "pip" in words]
 
 
 @pytest.mark.parametrize("path", IMAGES)
@@ -139,7 +155,8 @@ def test_an_image_runs_as_nobody_in_particular_and_holds_no_secret(path: str) ->
         assert not re.search(r"secret|token|password|passwd|credential|[a-z_]key", words, re.I), (
             words
         )
-    assert [words for stage in (build, final) for words in _all(stage, "ARG")] == ['TORCH_INDEX=""']
+    argument = 'RUNTIME="edge"' if path == EDGE else 'TORCH_INDEX=""'
+    assert [words for stage in (build, final) for words in _all(stage, "ARG")] == [argument]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +165,7 @@ def test_an_image_runs_as_nobody_in_particular_and_holds_no_secret(path: str) ->
         ("server/Dockerfile", ["server", "/data/federation.toml"]),
         ("client/Dockerfile", ["client", "/data/client.toml"]),
         ("client/Dockerfile.cuda", ["client", "/data/client.toml"]),
+        (EDGE, ["client", "/data/client.toml"]),
     ],
 )
 def test_an_image_starts_a_command_that_there_is(path: str, words: list[str]) -> None:
@@ -193,6 +211,8 @@ def test_the_server_is_asked_for_its_health_in_good_python() -> None:
         ("my-federation/server-keys/identity.key", True),
         ("server/federation/server-keys/ca.key", True),
         ("client/site/train.csv", True),
+        ("client/requirements.edge.txt", False),
+        ("client/requirements.edge-plain.txt", False),
         ("tests/conftest.py", True),
     ],
 )

@@ -265,6 +265,7 @@ def _other(key: str, default: object) -> str:
         "base.digest": ["ab" * 32],
         "base.task": ["causal-lm"],
         "base.pooling": ["cls", "mean"],
+        "train.method": ["forward-only"],
         "train.schedule": ["linear", "cosine"],
         "train.optimizer": ["sgd", "adamw"],
         "train.precision": ["bf16", "float32"],
@@ -290,7 +291,11 @@ def _other(key: str, default: object) -> str:
 
 
 # What a key needs beside it to be allowed.
+_FORWARD_ONLY = ['train.method="forward-only"', 'train.optimizer="sgd"']
 _COMPANIONS = {
+    "train.method": _FORWARD_ONLY[1:],
+    "train.directions": _FORWARD_ONLY,
+    "train.perturbation": _FORWARD_ONLY,
     "update.clip": ["update.bits=10"],
     "update.bits": ["update.clip=1.0"],
     "secagg.enabled": ["update.bits=11", "update.clip=1.0"],

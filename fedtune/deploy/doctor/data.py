@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.base.resolve import digest_base, resolve_base
 from fedtune.config import Base, Config
@@ -35,7 +36,7 @@ def examine_base(
 
 
 def examine_rows(
-    examination: Examination, config: Config, name: str, train: Path, test: Path | None
+    examination: Examination, config: Config, name: str, train: Path, test: Path | None = None
 ) -> TextExamples | None:
     """The rows of a site, or None if they cannot be trained on."""
     examination.begin("data")
@@ -141,12 +142,24 @@ def _lengths(folder: Path, rows: TextExamples, longest: int) -> Verdict[int]:
     from fedtune.base.loading import load_tokenizer
 
     logging.set_verbosity_error()  # it would warn of texts that are longer than the model takes
+    tokens = load_tokenizer(folder)(list(chosen_rows(rows).texts))["input_ids"]
+    return told_lengths(np.array([len(row) for row in tokens]), len(rows), longest)
+
+
+def chosen_rows(rows: TextExamples) -> TextExamples:
+    """Those that are tokenized to see how long they are, from all over the file."""
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), MOST_TOKENIZED)).astype(np.int64)
-    tokens = load_tokenizer(folder)([rows.texts[row] for row in chosen])["input_ids"]
-    lengths = np.array([len(row) for row in tokens])
+    return rows.select(chosen)
+
+
+def told_lengths(lengths: NDArray[np.int64], rows: int, longest: int) -> Verdict[int]:
+    """What `lengths` (tokens) of some of `rows` rows say; its value, at most `longest`: the most.
+
+    Longer ones than `longest` are cut.
+    """
     share = float((lengths > longest).mean())
     found = min(int(lengths.max()), longest)
-    looked = f" of {len(chosen):,} rows looked at" if len(chosen) < len(rows) else ""
+    looked = f" of {len(lengths):,} rows looked at" if len(lengths) < rows else ""
     text = (
         f"{words.percent(share)}{looked} are longer than {longest} tokens and are cut; the longest "
         f"has {int(lengths.max()):,}, half have {int(np.median(lengths)):,} or less"

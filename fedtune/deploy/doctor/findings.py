@@ -12,6 +12,7 @@ from fedtune.errors import FedtuneError
 
 Status = Literal["ok", "warning", "problem", "skipped"]
 Value = TypeVar("Value")
+FIRST = "solve the problems above first"
 logger = logging.getLogger(__name__)
 
 

@@ -13,6 +13,7 @@ from fedtune.deploy.doctor.findings import Examination, Verdict
 from fedtune.report import words
 from fedtune.resources import available_memory, usable_cores
 
+NETWORK_PROCESS = 120 << 20  # bytes, of a site; benchmarks/deployment.py holds it to that
 SCARCE = 1.5  # less than so many times the need is worth a warning
 
 

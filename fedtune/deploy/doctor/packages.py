@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -31,13 +31,19 @@ class _Need:
         return f"pip install --upgrade 'fedtune{f'[{self.extra}]' if self.extra else ''}'"
 
 
-def examine_packages(examination: Examination, extras: Iterable[str]) -> None:
-    """Versions against what fedtune asks for; packages of other extras than `extras` may lack."""
+def examine_packages(
+    examination: Examination, extras: Iterable[str], spared: Collection[str] = ()
+) -> None:
+    """Versions against what fedtune asks for.
+
+    Packages of other extras than `extras` may lack, and those of the names `spared`.
+    """
     examination.begin("software")
     examination.run("python", _python)
     needed = set(extras)
     try:
-        needs = _needs()
+        # Who trains with PyTorch need not hear of what a device would need.
+        needs = _needs(["", *EXTRAS, *sorted(needed.difference(EXTRAS))])
     except metadata.PackageNotFoundError:
         examination.add(
             "packages",
@@ -48,6 +54,8 @@ def examine_packages(examination: Examination, extras: Iterable[str]) -> None:
     absent: dict[str, list[str]] = {}
     for need in needs:
         version = _version(need.requirement.name)
+        if version is None and need.requirement.name in spared:
+            continue
         if version is None and need.extra and need.extra not in needed:
             absent.setdefault(need.extra, []).append(need.requirement.name)
         elif version is None:
@@ -91,11 +99,11 @@ def _onnx_runtime() -> Verdict[None]:
     return Verdict("ok", words or "not installed, and not needed to train with PyTorch")
 
 
-def _needs() -> list[_Need]:
-    """What the installed fedtune asks for here, by itself and by its extras."""
+def _needs(extras: Iterable[str]) -> list[_Need]:
+    """What the installed fedtune asks for here, by itself ("") and by its extras."""
     texts = [Requirement(text) for text in metadata.requires("fedtune") or ()]
     needs = []
-    for extra in ("", *EXTRAS):
+    for extra in extras:
         for requirement in texts:
             marker = requirement.marker
             # What fedtune itself asks for is asked for with every extra too.

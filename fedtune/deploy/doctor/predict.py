@@ -17,7 +17,7 @@ from fedtune.base.classifier import outline
 from fedtune.base.loading import longest_text, transformers_config
 from fedtune.config import Config
 from fedtune.deploy.doctor.findings import Verdict
-from fedtune.deploy.doctor.traffic import packed_update
+from fedtune.deploy.doctor.machine import NETWORK_PROCESS
 from fedtune.resources import resident_memory
 from fedtune.simulation.job import lora_of
 from fedtune.train.task import TASKS
@@ -32,10 +32,8 @@ _SITE_VECTORS = 7 * _FLOAT + 3 * 8
 # At the server, float32: value and gradient, two moments, best and last; float64 and int64: sums.
 _SERVER_VECTORS = 6 * _FLOAT + 4 * 8
 _LOGITS = 2  # copies
-_NETWORK_PROCESS = 120 * _MIB  # of a site; benchmarks/deployment.py holds it to that
 _SUPERLINK_PROCESS = 180 * _MIB
 _REPORT = 32 * _MIB  # report, TensorBoard's events, metrics and logs of a run
-_SITE_REST = 4 * _MIB  # of a site's memory besides what it last answered
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,15 @@ def site_memory(config: Config, shape: ModelShape, tokens: int, process: int) ->
 
     process + base · 4 + adapter · 52 + 2.5 · activations + 120 MiB. `process` is what a process
     holds that has imported what trains, `tokens` the longest row's, at most base.max-length.
-    With record-level privacy a step takes one row at a time.
+    With record-level privacy a step takes one row at a time. Without gradients, nothing is kept of
+    a layer that is passed.
     """
     rows = 1 if config.privacy.unit == "record" else config.train.batch_size
     kept = int(FRAGMENTATION * activations(shape, rows, tokens))
+    if config.train.method == "forward-only":
+        kept //= max(1, shape.layers)
     model = shape.base * _FLOAT + shape.adapter * _SITE_VECTORS
-    return process + model + kept + _NETWORK_PROCESS
+    return process + model + kept + NETWORK_PROCESS
 
 
 def server_memory(shape: ModelShape, clients: int, process: int, evaluates: bool) -> int:
@@ -127,11 +128,6 @@ def server_memory(shape: ModelShape, clients: int, process: int, evaluates: bool
     one_layer = activations(once, shape.evaluated_at_once, shape.longest)
     passing = int(FRAGMENTATION * one_layer) if evaluates else 0
     return process + model + messages + passing + _SUPERLINK_PROCESS
-
-
-def site_disk(config: Config, shape: ModelShape, clients: int) -> int:
-    """Bytes of a site's memory: its last answer, the one that replaces it, and SQLite's log."""
-    return 3 * packed_update(config, shape.adapter, clients) + _SITE_REST
 
 
 def server_disk(shape: ModelShape, clients: int) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from fedtune.config import Config, Listen, load_config, load_server
 from fedtune.deploy.doctor.data import examine_base, look_at_rows
-from fedtune.deploy.doctor.findings import Examination, Verdict
+from fedtune.deploy.doctor.findings import FIRST, Examination, Verdict
 from fedtune.deploy.doctor.keys import examine_server_keys
 from fedtune.deploy.doctor.machine import Needs, examine_machine
 from fedtune.deploy.doctor.packages import examine_packages
-from fedtune.deploy.doctor.site import CORRECT, FIRST, absent, extras_for
+from fedtune.deploy.doctor.pytorch import absent
+from fedtune.deploy.doctor.site import CORRECT, extras_for
 from fedtune.deploy.keys import Members
 from fedtune.errors import ConfigError
 from fedtune.report import words

@@ -29,6 +29,7 @@ from fedtune.wire.envelope import Kind, seal_envelope
 _DIGEST = "00" * DIGEST_BYTES
 _CONTEXT = RoundContext("00" * 16, 1, _DIGEST, _DIGEST, _DIGEST)
 _SIGNATURE = bytes(SIGNATURE_BYTES)
+_SITE_REST = 4 << 20  # bytes of a site's memory besides what it last answered
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def predict_traffic(config: Config, size: int, name: str, names: Sequence[str]) 
     All that are asked answer. A round in which the server asks for scores takes another adapter
     down.
     """
+    size = config.values_sent(size)
     if config.secagg.enabled:
         return _masked(config, size, name, sorted(names))
     adapter = bytes(4 * size)
@@ -58,8 +60,14 @@ def predict_traffic(config: Config, size: int, name: str, names: Sequence[str]) 
     return Traffic(len(codec.encode_train_reply(reply)), len(codec.encode_train_request(request)))
 
 
+def site_disk(config: Config, size: int, clients: int) -> int:
+    """Bytes of a site's memory: its last answer, the one that replaces it, and SQLite's log."""
+    return 3 * packed_update(config, size, clients) + _SITE_REST
+
+
 def packed_update(config: Config, size: int, clients: int) -> int:
     """Bytes of the values that a client sends, in a federation of `clients`."""
+    size = config.values_sent(size)
     if not config.secagg.enabled:
         return size * 4
     cohort = min(config.rounds.clients_per_round or clients, clients)

@@ -11,6 +11,7 @@ from typing import get_args
 
 import onnx
 from onnx import TensorProto, helper
+from safetensors.numpy import save
 
 from fedtune.base.causal import CausalBase
 from fedtune.config import Config
@@ -89,6 +90,7 @@ def _build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifes
         for name, graph in write_graphs(finished, folder):
             entries[f"{precision}/{name}"] = _describe(graph)
     model.base.tokenizer.backend_tokenizer.save(str(out / files.TOKENIZER))
+    (out / files.INITIAL).write_bytes(save(tensors))
     say("computing what PyTorch makes of it")
     make_reference(model, _outputs(config, model), out / files.REFERENCE, config.seed)
     say("measuring how much memory a step takes")
@@ -189,6 +191,7 @@ def _manifest(
     return EdgeManifest(
         format=1,
         base_digest=model.base.digest,
+        seed=config.seed,
         agreed=files.agreed_digest(config),
         adapter=tuple(
             files.Tensor(name=t.name, shape=t.shape) for t in model.adapter.manifest.tensors

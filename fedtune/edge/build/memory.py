@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
 from fedtune.config import Task
-from fedtune.edge.artifacts import Memory, Precision
-from fedtune.edge.devices import Runtime, open_engine
+from fedtune.edge.artifacts import FORWARD, Memory, Precision
+from fedtune.edge.devices import Step, open_engine
 from fedtune.edge.runtime import import_runtime, import_training, use_little_memory
+from fedtune.edge.trainer import ForwardModel
 from fedtune.errors import ArtifactError
 from fedtune.resources import forget_peak_memory, peak_memory, resident_memory
 from fedtune.train.texts import Batch
-from fedtune.types import Manifest
+from fedtune.types import Float32Vector, Manifest
 
 # Rows and tokens of the steps that are measured.
 _STEPS = ((1, 16), (8, 32), (1, 192), (8, 96))
@@ -26,28 +28,25 @@ _STEPS = ((1, 16), (8, 32), (1, 192), (8, 96))
 def measure(out: Path, task: Task, manifest: Manifest, longest: int) -> dict[str, Memory]:
     """`Memory` of each runtime and precision, by `RUNTIME/PRECISION`.
 
+    `forward/PRECISION` is that of training without gradients, by any runtime.
+
     Empty on systems that do not say what a process holds. Raises `ArtifactError` if a step fails.
     """
     if not resident_memory():
         return {}
     return {
-        f"{runtime}/{precision}": _fit(out, task, runtime, precision, manifest, longest)
-        for runtime in get_args(Runtime)
+        f"{what}/{precision}": _fit(out, task, what, precision, manifest, longest)
+        for what in get_args(Step)
         for precision in get_args(Precision)
     }
 
 
 def _fit(
-    out: Path,
-    task: Task,
-    runtime: Runtime,
-    precision: Precision,
-    manifest: Manifest,
-    longest: int,
+    out: Path, task: Task, what: Step, precision: Precision, manifest: Manifest, longest: int
 ) -> Memory:
     steps = [(rows, min(tokens, longest)) for rows, tokens in _STEPS]
     shapes = [[tensor.name, list(tensor.shape)] for tensor in manifest.tensors]
-    asked = json.dumps([str(out / precision), task, runtime, shapes, steps])
+    asked = json.dumps([str(out / precision), task, what, shapes, steps])
     process = subprocess.run(  # this interpreter, this package
         [sys.executable, "-m", "fedtune.edge.build.memory"],
         input=asked,
@@ -57,7 +56,7 @@ def _fit(
     )
     if process.returncode:
         raise ArtifactError(
-            f"a training step failed in {runtime} {precision}: "
+            f"a training step failed in {what} {precision}: "
             f"{' '.join(process.stderr.strip().splitlines()[-1:])}"
         )
     found = np.array(json.loads(process.stdout), float)
@@ -71,14 +70,14 @@ def _fit(
 
 def main() -> None:
     """Print what each step takes, in bytes above what there was before the model was loaded."""
-    folder, task, runtime, shapes, steps = json.loads(sys.stdin.read())
+    folder, task, what, shapes, steps = json.loads(sys.stdin.read())
     manifest = Manifest.of((name, tuple(shape)) for name, shape in shapes)
     # As on a device: where torch is, ONNX Runtime's training build imports it.
     sys.modules["torch"] = None  # type: ignore[assignment]  # what makes an import fail
     use_little_memory()
-    import_training() if runtime == "ort" else import_runtime()
+    import_training() if what == "ort" else import_runtime()
     before = resident_memory()
-    engine = open_engine(runtime, Path(folder), manifest, 1, dropout=False)
+    step = _open(what, Path(folder), manifest)
     adapter = np.zeros(manifest.size, np.float32)
     found = []
     for rows, tokens in steps:
@@ -87,9 +86,15 @@ def main() -> None:
         batch = Batch(ids, ids, labels)
         forget_peak_memory()
         for _ in range(2):  # the second one finds the first one's gradients still there
-            engine.gradient(adapter, batch)
+            step(adapter, batch)
         found.append(peak_memory() - before)
     print(json.dumps(found))
+
+
+def _open(what: Step, folder: Path, manifest: Manifest) -> Callable[[Float32Vector, Batch], object]:
+    if what == "forward":
+        return ForwardModel(folder / FORWARD, manifest, 1).logits
+    return open_engine(what, folder, manifest, 1, dropout=False).gradient
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +44,14 @@ def make_training(
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            artifacts.generate_artifacts(
-                model,
-                requires_grad=list(adapter),
-                frozen_params=[],
-                loss=CrossEntropyLoss(ignore_index=IGNORED),
-                artifact_directory=folder,
-            )
+            with _silence():
+                artifacts.generate_artifacts(
+                    model,
+                    requires_grad=list(adapter),
+                    frozen_params=[],
+                    loss=CrossEntropyLoss(ignore_index=IGNORED),
+                    artifact_directory=folder,
+                )
         except Exception as error:  # it raises RuntimeError and what its C++ side translates
             raise BaseModelError(
                 f"ONNX Runtime cannot build the gradient: {str(error).strip().splitlines()[0]}"
@@ -56,6 +60,20 @@ def make_training(
         checkpoint = (Path(folder) / "checkpoint").read_bytes()
     training.ir_version = IR_VERSION
     return training, checkpoint
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on standard error, where the gradient builder tells each of its steps."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _prepare_gradients(graph: onnx.GraphProto) -> None:

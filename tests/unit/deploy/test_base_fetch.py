@@ -142,6 +142,18 @@ def test_a_site_that_has_it_does_not_ask(server: Server, base: Path) -> None:
         server.fetch(SiteFiles.read(server.folder / "client.toml"))
 
 
+@pytest.mark.parametrize("runtime", ["ort", "stepgraph"])
+def test_a_site_that_trains_on_artifacts_does_not_ask(server: Server, runtime: str) -> None:
+    """They hold what it needs of the base model, which may be too large for it."""
+    server.site("ab" * 32, port=1)
+    with (server.folder / "client.toml").open("a") as file:
+        file.write(f"\n[machine]\nruntime = '{runtime}'\n")
+    files = SiteFiles.read(server.folder / "client.toml")
+    assert not files.has_base()
+    assert server.fetch(files) == []
+    assert not (server.folder / "models").exists()
+
+
 class _Cutter:
     """Carries bytes to a port, and cuts each connection after so many from there."""
 

@@ -430,7 +430,7 @@ def test_a_site_answers_whatever_it_is_asked(network: Network, tmp_path: Path) -
 @pytest.mark.parametrize("shared", [False], indirect=True, ids=["memory"])
 def test_a_large_message_is_in_a_sites_memory_once(network: Network, tmp_path: Path) -> None:
     """The request is let go before the answer comes, and neither is held twice."""
-    size, peaks = 50_000_000, tmp_path / "peaks"
+    size, peaks = 60_000_000, tmp_path / "peaks"
     network.grid._largest = 2 * size
 
     def memory(name: str) -> int:
@@ -461,7 +461,8 @@ def test_a_large_message_is_in_a_sites_memory_once(network: Network, tmp_path: P
         [answer] = network.ask(node, payload)
         assert len(unwrap(answer)) == size
     process.join(DEADLINE)
-    assert int(peaks.read_text()) < 1.3 * size
+    # Beside it some pieces, and what it takes to answer; held twice it would be twice the size.
+    assert int(peaks.read_text()) < size + 40_000_000
 
 
 class _Proxy:

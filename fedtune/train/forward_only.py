@@ -1,0 +1,100 @@
+"""Training without gradients: the slope along one direction from two forward passes.
+
+MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithm 1), with SGD. The direction is one of the few
+of `train.directions`, so that what was learned is one number per direction.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.config import Config
+from fedtune.errors import ConfigError, TrainingError
+from fedtune.train.directions import Directions
+from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
+from fedtune.types import Float32Vector, Manifest
+
+
+class LossModel(Protocol):
+    """A frozen model of which the loss at an adapter can be had."""
+
+    @property
+    def base_digest(self) -> str: ...
+
+    def loss(self, adapter: Float32Vector, data: Dataset, rows: NDArray[np.int64]) -> float:
+        """The mean loss of these rows, without dropout."""
+
+    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
+        """Evaluate `adapter` on all rows of `data`."""
+
+
+class ForwardOnlyTrainer:
+    """Trains coordinates of `directions`; what it is given and gives back are those."""
+
+    def __init__(self, model: LossModel, directions: Directions, perturbation: float) -> None:
+        """`perturbation` is how far it goes along a direction, both ways, to find the slope."""
+        self._model, self._directions = model, directions
+        self._perturbation = perturbation
+
+    @property
+    def manifest(self) -> Manifest:
+        """One tensor, the coordinates."""
+        return self._directions.manifest
+
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 of the base model."""
+        return self._model.base_digest
+
+    def train(self, adapter: Float32Vector, data: Dataset, plan: LocalPlan) -> LocalResult:
+        """Train from these coordinates by SGD; raises `TrainingError` if a loss is not finite.
+
+        Each step descends along one direction, drawn by the plan's seed; `loss` is the mean of all
+        passes.
+        """
+        started = time.perf_counter()
+        directions, away = self._directions, self._perturbation
+        coordinates, losses = adapter.copy(), []
+        here = directions.expand(coordinates)
+        numbers = passes(directions.count, plan.seed)
+        for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
+            number = next(numbers)
+            above = self._model.loss(directions.move(here, number, away), data, rows)
+            below = self._model.loss(directions.move(here, number, -away), data, rows)
+            step = -lr * (above - below) / (2 * away)
+            if not abs(step) < np.finfo(np.float32).max:  # NaN is not either
+                raise TrainingError("the loss is no longer finite; lower train.lr")
+            here = directions.move(here, number, step)
+            coordinates[number] += np.float32(step)
+            losses.append((above + below) / 2)
+        return LocalResult(coordinates, float(np.mean(losses)), time.perf_counter() - started)
+
+    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
+        """Evaluate the adapter at these coordinates."""
+        return self._model.evaluate(self._directions.expand(adapter), data)
+
+
+def passes(count: int, seed: int) -> Iterator[int]:
+    """All of `count` directions in random order, then again in another, without end."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from map(int, rng.permutation(count))
+
+
+def directions_of(config: Config, adapter: Manifest, start: Float32Vector) -> Directions:
+    """In which a federation's training moves the adapter from the seeded `start`, float32 `[d]`.
+
+    Raises `ConfigError` if there are more of them than the adapter has values.
+    """
+    count = config.train.directions
+    if count > adapter.size:
+        raise ConfigError(
+            f"train.directions = {count} is more than the adapter's {adapter.size} values; lower "
+            "it, or use train.method = backprop"
+        )
+    return Directions(adapter, start, config.seed, count)

@@ -1,0 +1,51 @@
+"""The environment of a device, as client/requirements.edge*.txt makes it, for tests."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Taken out afterwards, as docs/runbook.md says: for programs in C; Python has its own copy.
+UNUSED = ("onnxruntime/capi/libonnxruntime.so.*",)
+
+
+def requirements(name: str) -> Path:
+    """The exact packages of the environment `name`."""
+    return ROOT / "client" / f"requirements.{name}.txt"
+
+
+def site_packages(python: Path) -> Path:
+    """Where the packages of an environment are."""
+    (found,) = python.parent.parent.glob("lib/python3*/site-packages")
+    return found
+
+
+def python_of(name: str) -> Path:
+    """The environment's Python; it is made once, beside the environment that the tests run in.
+
+    fedtune itself is not in it: it comes by PYTHONPATH from the tree under test.
+    """
+    folder = Path(sys.prefix) / name
+    python, stamp = folder / "bin" / "python", folder / "made-of"
+    wanted = f"{sys.version}\n{hashlib.sha256(requirements(name).read_bytes()).hexdigest()}"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests of several trees may share an environment
+        if not stamp.is_file() or stamp.read_text() != wanted:
+            shutil.rmtree(folder, ignore_errors=True)
+            venv.create(folder, with_pip=False)
+            pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+            install = ["--python", python, "install", "--no-deps", "--no-compile"]
+            subprocess.run(
+                [*pip, *install, "--requirement", requirements(name)], check=True, timeout=250
+            )
+            for library in UNUSED:
+                for file in site_packages(python).glob(library):
+                    file.unlink()
+            stamp.write_text(wanted)
+    return python
