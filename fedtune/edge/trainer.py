@@ -18,7 +18,6 @@ from fedtune.edge.engines import Engine, feeds
 from fedtune.edge.optimizer import Moments, Optimizer, clip_norm, make_optimizer
 from fedtune.edge.runtime import open_session
 from fedtune.errors import TrainingError
-from fedtune.privacy.randomness import SecureRandom
 from fedtune.train.private import RecordPrivacy, private_gradient
 from fedtune.train.texts import COLLATE, IGNORED, Batch, TokenizedTexts
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
@@ -237,6 +236,8 @@ class EdgeTrainer:
     ) -> None:
         if plan.batch_size is None:
             raise ValueError("record-level privacy needs the batch size of the plan")
+        from fedtune.privacy.randomness import SecureRandom  # cryptography takes 8 MB
+
         random = SecureRandom()
 
         def gradient(row: int) -> Float32Vector:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import ConfigError
 from fedtune.privacy.accountant import sampling_rate
-from fedtune.privacy.randomness import SecureRandom
 from fedtune.types import Float32Vector
+
+if TYPE_CHECKING:  # it imports cryptography: memory that a device has no use for
+    from fedtune.privacy.randomness import SecureRandom
 
 ExampleGradient = Callable[[int], NDArray[np.float32]]  # of the adapter's size, for a row
 
