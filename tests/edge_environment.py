@@ -11,7 +11,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Taken out afterwards, as docs/runbook.md says: for programs in C; Python has its own copy.
+# Taken out afterwards, as docs/edge.md says: for programs in C; Python has its own copy.
 UNUSED = ("onnxruntime/capi/libonnxruntime.so.*",)
 
 
