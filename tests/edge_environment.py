@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 UNUSED = ("onnxruntime/capi/libonnxruntime.so.*",)
 
 
+_METADATA = ("pyproject.toml", "README.md", "LICENSE")
+
+
 def requirements(name: str) -> Path:
     """The exact packages of the environment `name`."""
     return ROOT / "client" / f"requirements.{name}.txt"
@@ -29,23 +32,39 @@ def site_packages(python: Path) -> Path:
 def python_of(name: str) -> Path:
     """The environment's Python; it is made once, beside the environment that the tests run in.
 
-    fedtune itself is not in it: it comes by PYTHONPATH from the tree under test.
+    Of fedtune only the metadata and the command are in it: the code comes by PYTHONPATH from the
+    tree under test.
     """
     folder = Path(sys.prefix) / name
     python, stamp = folder / "bin" / "python", folder / "made-of"
-    wanted = f"{sys.version}\n{hashlib.sha256(requirements(name).read_bytes()).hexdigest()}"
+    made_of = (requirements(name), *(ROOT / file for file in _METADATA))
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in made_of]
+    wanted = "\n".join([sys.version, *digests])
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests of several trees may share an environment
         if not stamp.is_file() or stamp.read_text() != wanted:
             shutil.rmtree(folder, ignore_errors=True)
             venv.create(folder, with_pip=False)
             pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-            install = ["--python", python, "install", "--no-deps", "--no-compile"]
-            subprocess.run(
-                [*pip, *install, "--requirement", requirements(name)], check=True, timeout=250
-            )
+            install = [*pip, "--python", python, "install", "--no-deps", "--no-compile"]
+            for arguments in (
+                [*install, "--requirement", requirements(name)],
+                [*install, _wheel_without_code(pip, folder)],
+            ):
+                subprocess.run(arguments, check=True, timeout=250)
             for library in UNUSED:
                 for file in site_packages(python).glob(library):
                     file.unlink()
             stamp.write_text(wanted)
     return python
+
+
+def _wheel_without_code(pip: list[str], folder: Path) -> Path:
+    source = folder / "source"
+    source.mkdir()
+    for name in _METADATA:
+        shutil.copy(ROOT / name, source)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder]
+    subprocess.run([*pip, "wheel", *options, source], check=True, timeout=120)
+    (wheel,) = folder.glob("fedtune-*.whl")
+    return wheel

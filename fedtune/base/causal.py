@@ -33,9 +33,6 @@ class CausalBase:
         self.folder, self.digest = open_base(name, expected)
         self.module = load_frozen(AutoModelForCausalLM, self.folder)
         self.config = transformers_config(self.module)
-        # Once read, the weights are ordinary ones: a copy that is saved is no GGUF file.
-        if hasattr(self.config, "quantization_config"):
-            del self.config.quantization_config
         self.parameters = sum(p.numel() for p in self.module.parameters())
         self.tokenizer = load_tokenizer(self.folder)
         if self.tokenizer.eos_token_id is None:

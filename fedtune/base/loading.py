@@ -43,7 +43,14 @@ def load_frozen(auto: Any, folder: Path, **arguments: Any) -> nn.Module:
 
     Raises `BaseModelError`, also if a weight is not in the file.
     """
-    source: dict[str, Any] = _source(folder) or {"use_safetensors": True}
+    source: dict[str, Any] = _source(folder)
+    if source:
+        from transformers import GgufConfig
+
+        # By default transformers keeps the weights packed where it can, on some machines.
+        source["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        source["use_safetensors"] = True
     module: nn.Module
     try:
         # Of a GGUF file's conversion a progress bar would be drawn.

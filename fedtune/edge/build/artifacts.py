@@ -29,11 +29,12 @@ from fedtune.edge.build.shared import write_graphs
 from fedtune.edge.build.training import make_training
 from fedtune.edge.engines import gradient_name
 from fedtune.edge.runtime import installed_builds
-from fedtune.errors import ArtifactError
+from fedtune.errors import ArtifactError, BaseModelError
 from fedtune.files import sync_folder, write_atomic
 
 Say = Callable[[str], None]
 LABELS = "labels"
+LARGEST_MODEL = 1 << 31  # bytes; a graph is handled as one protobuf message with its weights
 _BUILT_WITH = ("fedtune", "torch", "transformers", "peft", "onnx", "onnxscript")
 
 
@@ -63,6 +64,11 @@ def build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifest
 def _build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifest:
     dropout = config.adapter.dropout
     adapter = model.adapter
+    if (size := model.base.parameters * 4) >= LARGEST_MODEL:
+        raise BaseModelError(
+            f"base model {model.base.name}: {size / 1e9:.1f} GB of weights in float32; artifacts "
+            f"can be built of less than {LARGEST_MODEL / 1e9:.1f} GB"
+        )
     say("exporting the model with its adapter")
     forward = export_forward(adapter, model.task, training=False)
     stochastic = export_forward(adapter, model.task, training=True) if dropout else forward

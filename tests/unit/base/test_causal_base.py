@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedtune.base.causal import CausalBase, causal_outline, position_logits
 from fedtune.base.classifier import BaseModel
@@ -139,3 +141,9 @@ def test_smollm2_knows_what_it_learned() -> None:
     with torch.no_grad():
         logits = position_logits(base.module, ids, torch.ones_like(ids))
     assert base.tokenizer.decode(logits[-1].argmax()) == " Paris"
+    with tempfile.TemporaryDirectory() as copy:  # as an ordinary model: half a gigabyte
+        base.module.save_pretrained(copy)
+        stored = load_file(Path(copy) / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    # The output layer is the table of embeddings, and stored once.
+    assert sum(tensor.numel() for tensor in stored.values()) == base.parameters

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,20 +223,6 @@ def test_the_extra_of_a_runtime(runtime: str, builds: list[str], extra: str) -> 
     assert edge_extra(runtime, builds) == extra
 
 
-@pytest.fixture(scope="module")
-def installed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fedtune alone, as pip installs it."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(root / name, source / name)
-    skipped = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(root / "fedtune", source / "fedtune", ignore=skipped)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
-    options = ["--no-build-isolation", "--no-index", "--target", target]
-    subprocess.run([*pip, *options, source], check=True, timeout=120)
-    return target
-
-
 @pytest.mark.parametrize(
     ("name", "runtime", "works"),
     [("edge", "ort", True), ("edge_plain", "stepgraph", True), ("edge_plain", "ort", False)],
@@ -245,7 +230,6 @@ def installed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_device_without_torch(
     request: pytest.FixtureRequest,
     site: Site,
-    installed: Path,
     child_environment: dict[str, str],
     name: str,
     runtime: str,
@@ -256,7 +240,7 @@ def test_a_device_without_torch(
     client = site.write(runtime=runtime, **{"artifacts-digest": site.artifacts.digest})
     done = subprocess.run(
         [python, "-m", "fedtune.cli", "doctor", client, "--measure", "--json"],
-        env={**child_environment, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**child_environment, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -13,12 +13,14 @@ from edge_built import Built
 
 from fedtune.data import TextExamples
 from fedtune.edge import artifacts as files
+from fedtune.edge.build import artifacts
 from fedtune.edge.build.int8 import quantize
+from fedtune.edge.build.model import EdgeModel
 from fedtune.edge.devices import Runtime, make_trainer, open_engine
 from fedtune.edge.tokens import EdgeTokenizer
 from fedtune.edge.trainer import EdgeSettings, EdgeTrainer
 from fedtune.edge.verify import verify
-from fedtune.errors import ArtifactError
+from fedtune.errors import ArtifactError, BaseModelError
 from fedtune.train.texts import IGNORED, Batch, TokenizedTexts, with_next_tokens
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
 from fedtune.train.trainer import LocalPlan
@@ -205,3 +207,14 @@ def test_a_table_that_is_an_output_layer_too_is_rounded_once() -> None:
     assert (np.abs(rows - table[ids]) <= half_a_level[ids]).all()
     rounded = session.run(["rows"], {"ids": np.arange(vocabulary)})[0]
     np.testing.assert_allclose(logits, rows @ rounded.T, rtol=1e-4, atol=1e-2)
+
+
+def test_a_model_too_large_for_a_graph_is_refused_before_anything_is_done(
+    decoder: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "LARGEST_MODEL", 100_000)
+    model = decoder.model
+    parts = EdgeModel(model.base, model.adapter, model.pad_id, model.max_length)
+    with pytest.raises(BaseModelError, match=r"0\.0 GB of weights"):
+        artifacts.build(decoder.config, parts, tmp_path / "out", lambda _text: None)
+    assert list(tmp_path.iterdir()) == []
