@@ -154,6 +154,8 @@ def test_an_initial_adapter_of_other_tensors_is_refused(tiny: Built, tmp_path: P
 def test_it_takes_less_memory_than_a_step_with_gradients(tiny: Built) -> None:
     memory = tiny.artifacts.manifest.memory
     forward, step = memory["forward/float32"], memory["stepgraph/float32"]
-    assert forward.peak(16, 64) < step.peak(16, 64)
+    rows, tokens = 16, 64
+    grown, with_gradients = (m.peak(rows, tokens) - m.fixed for m in (forward, step))
+    assert grown < 0.7 * with_gradients
     budget = step.peak(4, 64)
     assert fit(forward, budget, 64, 64)[0] > fit(step, budget, 64, 64)[0]
