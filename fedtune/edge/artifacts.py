@@ -161,7 +161,7 @@ class EdgeArtifacts:
             )
         if found.agreed != agreed_digest(config):
             raise ArtifactError(
-                f"{self.folder}: built for another task, adapter, pooling, max-length or number of "
+                f"{self.folder}: built for another adapter, task, pooling, max-length or number of "
                 "labels than the federation has; build them from its federation.toml"
             )
         if config.train.method == "forward-only" and found.seed != config.seed:

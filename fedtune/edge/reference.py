@@ -8,10 +8,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.config import Task
 from fedtune.train.texts import Batch
 
 MARKS = (1, 10, 50)  # steps
-LEARNING_RATES: dict[Literal["sgd", "adamw"], float] = {"sgd": 0.05, "adamw": 1e-3}
+# With larger ones a language model's steps magnify rounding errors faster than they learn.
+LEARNING_RATES: dict[Task, dict[Literal["sgd", "adamw"], float]] = {
+    "text-classification": {"sgd": 0.05, "adamw": 1e-3},
+    "causal-lm": {"sgd": 0.01, "adamw": 1e-4},
+}
 WEIGHT_DECAY = 0.01
 
 

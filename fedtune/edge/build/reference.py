@@ -28,8 +28,11 @@ def make_reference(model: EdgeModel, labels: int, path: Path, seed: int) -> None
     tensors: dict[str, NDArray[Any]] = {"start": start}
     config: Any = model.base.config
     vocabulary, causal = int(config.vocab_size), model.task == "causal-lm"
+    written = _write(model, rng, vocabulary) if causal else None
     for number in range(BATCHES):
         ids = rng.integers(0, vocabulary, (ROWS, TOKENS - number))
+        if written is not None:
+            ids = written[number, :, : TOKENS - number]
         mask = (np.arange(TOKENS - number) < rng.integers(4, TOKENS, (ROWS, 1))).astype(np.int64)
         tensors[f"ids-{number}"] = np.where(mask == 1, ids, model.pad_id)
         tensors[f"mask-{number}"] = mask
@@ -47,12 +50,28 @@ def make_reference(model: EdgeModel, labels: int, path: Path, seed: int) -> None
             tensors["logits"] = model.logits(*inputs).numpy()
         tensors["loss"] = np.array([_backward(model, first)], np.float32)
         tensors["gradient"] = adapter.read_gradient()
-        for name, lr in LEARNING_RATES.items():
+        for name, lr in LEARNING_RATES[model.task].items():
             tensors |= _train(model, name, lr, start, tensors)
     finally:
         adapter.write(before)
         torch.set_num_threads(threads)
     path.write_bytes(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
+
+
+def _write(model: EdgeModel, rng: np.random.Generator, vocabulary: int) -> NDArray[np.int64]:
+    """Texts that a language model itself writes, int64 `[BATCHES, ROWS, TOKENS]`.
+
+    Tokens at random would be like no text: their gradients are of another kind.
+    """
+    ids = rng.integers(0, vocabulary, (BATCHES * ROWS, 1))
+    with torch.no_grad():
+        while ids.shape[1] < TOKENS:
+            so_far = torch.from_numpy(ids)
+            logits = model.logits(so_far, torch.ones_like(so_far)).numpy()
+            last = logits.reshape(*ids.shape, -1)[:, -1]
+            drawn = (last + rng.gumbel(size=last.shape)).argmax(-1)  # from their softmax
+            ids = np.concatenate([ids, drawn[:, None]], axis=1)
+    return ids.reshape(BATCHES, ROWS, TOKENS)
 
 
 def _train(
