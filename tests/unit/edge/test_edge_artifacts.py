@@ -141,11 +141,11 @@ def test_a_manifest_without_end_is_not_read(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("adapter.rank=4", "another task, adapter"),
-        ("adapter.alpha=8", "another task, adapter"),
-        ('base.pooling="cls"', "another task, adapter"),
-        ("base.max-length=32", "another task, adapter"),
-        ('data.labels=["a","b"]', "another task, adapter"),
+        ("adapter.rank=4", "another adapter"),
+        ("adapter.alpha=8", "another adapter"),
+        ('base.pooling="cls"', "another adapter"),
+        ("base.max-length=32", "another adapter"),
+        ('data.labels=["a","b"]', "another adapter"),
         (f'base.digest="{"0" * 64}"', "base.digest is"),
     ],
 )
