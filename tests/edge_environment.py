@@ -13,8 +13,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Taken out afterwards, as docs/edge.md says: for programs in C; Python has its own copy.
 UNUSED = ("onnxruntime/capi/libonnxruntime.so.*",)
-
-
 _METADATA = ("pyproject.toml", "README.md", "LICENSE")
 
 
@@ -30,19 +28,21 @@ def site_packages(python: Path) -> Path:
 
 
 def python_of(name: str) -> Path:
-    """The environment's Python; it is made once, beside the environment that the tests run in.
+    """The environment's Python; it is made once, below the environment that the tests run in.
 
-    Of fedtune only the metadata and the command are in it: the code comes by PYTHONPATH from the
-    tree under test.
+    Its folder is named for what it was made of: the tests of another tree, which may run at the
+    same time, have another. `make clean` removes them all. Of fedtune only the metadata and the
+    command are in it: the code comes by PYTHONPATH from the tree under test.
     """
-    folder = Path(sys.prefix) / name
-    python, stamp = folder / "bin" / "python", folder / "made-of"
-    made_of = (requirements(name), *(ROOT / file for file in _METADATA))
+    made_of = (requirements(name), ROOT / "pyproject.toml")
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in made_of]
-    wanted = "\n".join([sys.version, *digests])
+    digest = hashlib.sha256("\n".join([sys.version, *UNUSED, *digests]).encode()).hexdigest()
+    folder = Path(sys.prefix) / "devices" / name / digest[:16]
+    python, made = folder / "bin" / "python", folder / "made"
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests of several trees may share an environment
-        if not stamp.is_file() or stamp.read_text() != wanted:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may want it first
+        if not made.is_file():
             shutil.rmtree(folder, ignore_errors=True)
             venv.create(folder, with_pip=False)
             pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -55,7 +55,7 @@ def python_of(name: str) -> Path:
             for library in UNUSED:
                 for file in site_packages(python).glob(library):
                     file.unlink()
-            stamp.write_text(wanted)
+            made.touch()
     return python
 
 

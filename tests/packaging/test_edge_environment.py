@@ -136,7 +136,7 @@ def test_a_device_has_what_it_needs_and_no_more(python: Path, run: Run) -> None:
         canonical(found.name): found.version for found in metadata.distributions(path=[str(folder)])
     }
     assert installed.pop("fedtune") == metadata.version("fedtune")
-    assert installed == pins(requirements(python.parent.parent.name))
+    assert installed == pins(requirements(python.parents[2].name))
 
 
 def test_a_packages_library_for_other_languages_is_not_missed(python: Path, run: Run) -> None:
