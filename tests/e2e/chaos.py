@@ -28,7 +28,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from deployed import Federation, free_port
 from e2e_helpers import Launcher
 from faulty_proxy import FaultyProxy
-from small_files import read_icd_rows, write_clients, write_tiny_base
+from small_files import read_icd_rows, write_clients
+from tiny_base import write_tiny_base
 
 SITES = ("clinic-0", "clinic-1", "clinic-2", "clinic-3")
 GAP = (0.5, 4.0)  # seconds between two faults

@@ -21,6 +21,7 @@ import httpx
 import pytest
 from flwr.app import Message, RecordDict
 
+from fedtune.config import ClientConfig, Config
 from fedtune.deploy import superlink
 from fedtune.deploy.client import _Site
 from fedtune.deploy.keys import (
@@ -32,6 +33,8 @@ from fedtune.deploy.keys import (
     make_site_keys,
     read_site_keys,
 )
+from fedtune.deploy.participation import Participation
+from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.superlink import Doors, SuperLinkProcess
 from fedtune.errors import (
     ConfigError,
@@ -369,6 +372,11 @@ def test_an_answer_that_is_too_large_fails_its_client_alone(network: Network) ->
     assert answer.metadata.src_node_id == node
 
 
+def _always() -> Participation:
+    """Of a site whose owner has set no conditions."""
+    return Participation(SiteFiles(Path("client.toml"), ClientConfig(), Config()), print)
+
+
 class _Worker:
     """Answers by what it was asked, as a training process does."""
 
@@ -378,7 +386,7 @@ class _Worker:
     def ask(self, question: bytes, payload: bytes) -> None:
         self._asked = question, payload if len(payload) < 100 else b""
 
-    def answer(self) -> bytes:
+    def answer(self, look: Callable[[], None]) -> bytes:
         question, payload = self._asked
         if question == b"c":
             raise ProtocolViolation("not now")
@@ -400,7 +408,7 @@ def test_a_site_answers_whatever_it_is_asked(network: Network, tmp_path: Path) -
     def work() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         connection = network.connection("a")
-        os._exit(_Site(connection, _Worker(), False, say, "the server").run())
+        os._exit(_Site(connection, _Worker(), _always(), False, say, "the server").run())
 
     process = _FORK.Process(target=work, daemon=True)
     process.start()
@@ -441,7 +449,7 @@ def test_a_large_message_is_in_a_sites_memory_once(network: Network, tmp_path: P
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         connection = network.connection("a", largest=2 * size)
         connection.activate()
-        site = _Site(connection, _Worker(size), False, lambda _: None, "the server")
+        site = _Site(connection, _Worker(size), _always(), False, lambda _: None, "the server")
         while (message := connection.pull()) is None:
             time.sleep(0.01)
         site._answer(message)  # once before: what it takes to answer at all is not counted
@@ -568,7 +576,7 @@ def test_a_site_that_has_heard_that_the_run_is_over_ends_without_the_server(
     def work() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         connection = own_network.connection("a", kind=Cut)
-        os._exit(_Site(connection, _Worker(), True, print, "the server").run())
+        os._exit(_Site(connection, _Worker(), _always(), True, print, "the server").run())
 
     process = _FORK.Process(target=work, daemon=True)
     process.start()
