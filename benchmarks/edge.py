@@ -12,9 +12,9 @@ client/requirements.edge*.txt, if they are not there. Linux only.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -23,12 +23,11 @@ import time
 from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from edge_step import ROWS, TOKENS, make
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS, TOKENS, WARM, STEPS, THREADS = 8, 64, 2, 10, 2
 KINDS = {
     "torch": "torch",
     "ort/float32": "edge",
@@ -37,6 +36,8 @@ KINDS = {
     "stepgraph/int8": "edge-plain",
     "inference/float32": "edge-plain",
     "inference/int8": "edge-plain",
+    "forward-only/float32": "edge-plain",
+    "forward-only/int8": "edge-plain",
 }
 
 
@@ -45,12 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--environments", type=Path, default=Path("/var/tmp/fedtune-edge"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training")
     parser.add_argument("--port", type=int, default=19292)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args.one[0], Path(args.one[1]))))
-        return
     pythons = {name: environment(args.environments, name) for name in ("edge", "edge-plain")}
     pythons["torch"] = Path(sys.executable)
     with tempfile.TemporaryDirectory() as name:
@@ -58,6 +56,7 @@ def main() -> None:
         artifacts = prepare(folder, args.port)
         steps(artifacts, pythons, args.repeats)
         clients(folder, pythons)
+        learning(artifacts, args.seeds)
     sizes(pythons)
 
 
@@ -69,14 +68,15 @@ def prepare(folder: Path, port: int) -> Path:
     settings = {"rounds.count": "2", "train.steps": "5", "train.batch-size": str(ROWS)}
     init(folder, 3, port, settings | {"base.max-length": str(TOKENS)})
     for file in folder.glob("sites/*/train.csv"):
-        head, *lines = file.read_text().splitlines()
-        # Each text with itself, until it is longer than what is not cut.
-        longer = [re.sub(r'^"?(.*?)"?,', lambda m: f'"{" ".join([m[1]] * 30)}",', x) for x in lines]
-        file.write_text("\n".join([head, *longer]) + "\n")
-    out = folder / "artifacts"
-    command = [FEDTUNE, "edge", "build", folder / "federation.toml", "-o", out]
+        with file.open(newline="") as found:
+            head, *rows = csv.reader(found)
+        with file.open("w", newline="") as out:
+            # Each text with itself, until it is longer than what is not cut.
+            csv.writer(out).writerows([head, *([" ".join([text] * 30), *x] for text, *x in rows)])
+    artifacts = folder / "artifacts"
+    command = [FEDTUNE, "edge", "build", folder / "federation.toml", "-o", artifacts]
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
-    return out
+    return artifacts
 
 
 def environment(folder: Path, name: str) -> Path:
@@ -101,7 +101,7 @@ def steps(artifacts: Path, pythons: dict[str, Path], repeats: int) -> None:
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(repeats):
         for kind, where in KINDS.items():
-            command = [pythons[where], __file__, "--one", kind, artifacts]
+            command = [pythons[where], ROOT / "benchmarks" / "edge_step.py", kind, artifacts]
             done = subprocess.run(
                 [str(part) for part in command],
                 check=True,
@@ -125,6 +125,9 @@ def steps(artifacts: Path, pythons: dict[str, Path], repeats: int) -> None:
         )
     aim("ort int8's peak memory of torch's", _ratio(found, "ort/int8", "torch", "peak"), 0.30)
     aim("stepgraph's time of torch's", _ratio(found, "stepgraph/float32", "torch", "ms"), 0.85)
+    for precision in ("float32", "int8"):
+        kinds = f"forward-only/{precision}", f"inference/{precision}"
+        aim(f"{kinds[0]}'s peak memory of inference's", _ratio(found, *kinds, "peak"), 1.10)
 
 
 def _ratio(found: dict[str, list[dict[str, float]]], one: str, other: str, key: str) -> float:
@@ -137,61 +140,6 @@ def aim(what: str, value: float, limit: float, unit: str = "") -> None:
     """Say whether an aim is reached."""
     verdict = "PASS" if value <= limit else "MISS"
     print(f"{verdict} {what}: {value:.3g}{unit}, at most {limit}{unit}")
-
-
-def measure(kind: str, artifacts: Path) -> dict[str, float]:
-    """Train, or infer, on one batch; median milliseconds of a step, and the peak in MiB."""
-    from fedtune.resources import peak_memory
-    from fedtune.train.texts import TokenizedTexts
-    from fedtune.train.trainer import LocalPlan
-
-    rng = np.random.default_rng(0)
-    data = TokenizedTexts.of(
-        rng.integers(1000, 20_000, (ROWS, TOKENS)).tolist(), rng.integers(0, 20, ROWS)
-    )
-    rows = np.arange(ROWS)
-    trainer = make(kind, artifacts)
-    adapter = np.zeros(trainer.manifest.size, np.float32)
-    times = []
-    for _ in range(WARM + STEPS):
-        started = time.perf_counter()
-        if kind.startswith("inference"):
-            trainer.evaluate(adapter, data)
-        else:
-            trainer.train(adapter, data, LocalPlan(iter([rows]), iter([1e-3]), 0))
-        times.append(1000 * (time.perf_counter() - started))
-    return {"ms": statistics.median(times[WARM:]), "peak": peak_memory() / 2**20}
-
-
-def make(kind: str, artifacts: Path) -> Any:
-    """The trainer of one kind."""
-    if kind == "torch":
-        import torch
-
-        from fedtune.config import load_config
-        from fedtune.simulation.job import TextModel, torch_settings
-        from fedtune.train.torch_trainer import TorchTrainer
-
-        torch.set_num_threads(THREADS)
-        config = load_config(artifacts.parent / "federation.toml")
-        model = TextModel(config, len(config.data.labels))
-        settings = torch_settings(config.train)
-        return TorchTrainer(model.adapter, model.task, model.base.digest, settings)
-    from fedtune.edge.artifacts import EdgeArtifacts
-    from fedtune.edge.devices import make_trainer
-    from fedtune.edge.trainer import EdgeSettings, EdgeTrainer, ForwardModel
-
-    runtime, _, precision = kind.partition("/")
-    found = EdgeArtifacts(artifacts)
-    if runtime == "inference":
-        from fedtune.edge.runtime import use_little_memory
-
-        use_little_memory()
-        forward = ForwardModel(artifacts / precision / "forward.onnx", found.tensors, THREADS)
-        nothing: Any = None
-        return EdgeTrainer(found.tensors, "", 0, nothing, forward, EdgeSettings())
-    chosen: Any = (runtime, precision)
-    return make_trainer(found, *chosen, THREADS, EdgeSettings())
 
 
 def clients(folder: Path, pythons: dict[str, Path]) -> None:
@@ -213,12 +161,16 @@ def clients(folder: Path, pythons: dict[str, Path]) -> None:
         command = [pythons[where], "-m", "fedtune.cli", "client", file, "--once"]
         processes[site] = start(folder / f"{site}.log", command)
     while any(process.poll() is None for process in processes.values()):
+        if any(process.returncode for process in processes.values()):
+            break
         for site in environment_of:
             for words, size in sizes(processes[site].pid):
                 peaks[site][words] = max(peaks[site].get(words, 0.0), size)
         time.sleep(0.1)
-    if any(process.returncode for process in processes.values()):
-        raise SystemExit((folder / "server.log").read_text())
+    for name, process in processes.items():
+        if process.returncode != 0:
+            processes["server"].terminate()
+            raise SystemExit(f"{name}: {(folder / f'{name}.log').read_text()}")
     print("\n| whole client | network process MiB | training process MiB | together | of torch |")
     print("|---|---|---|---|---|")
     total = {site: sum(found.values()) for site, found in peaks.items()}
@@ -236,6 +188,34 @@ def clients(folder: Path, pythons: dict[str, Path]) -> None:
     size = 4 * sum(int(np.prod(tensor["shape"])) for tensor in passport["adapter"])
     down = statistics.median(m["bytes_down"] for m in metrics(folder / "run")) / len(environment_of)
     aim(f"bytes to a device in a round, of the adapter's {size:,}", down / size, 1.05)
+
+
+def learning(artifacts: Path, seeds: list[int]) -> None:
+    """What 400 steps of 16 texts of the real task teach, whatever the precision of the weights."""
+    from fedtune.data import PartitionSpec, load_icd10
+    from fedtune.edge.artifacts import EdgeArtifacts
+    from fedtune.edge.tokens import EdgeTokenizer
+    from fedtune.train.trainer import LocalPlan
+
+    data = load_icd10(partition=PartitionSpec.parse("iid"), clients=1, seed=0)
+    found = EdgeArtifacts(artifacts)
+    tokenizer = EdgeTokenizer(found, TOKENS)
+    train, test = tokenizer.prepare(data.clients[0].train), tokenizer.prepare(data.test)
+    reached: dict[str, list[float]] = defaultdict(list)
+    for seed in seeds:
+        for precision in ("float32", "int8"):
+            rng = np.random.default_rng(seed)
+            batches = (rng.choice(len(train), 16, replace=False) for _ in range(400))
+            rates = iter(np.linspace(5e-3, 0, 400, endpoint=False))
+            trainer = make(f"stepgraph/{precision}", artifacts)
+            trained = trainer.train(found.initial(), train, LocalPlan(batches, rates, seed))
+            reached[precision].append(100 * trainer.evaluate(trained.adapter, test).accuracy)
+    print(f"\n| weights | accuracy, %, seeds {seeds} | mean |\n|---|---|---|")
+    for precision, values in reached.items():
+        each = ", ".join(f"{value:.1f}" for value in values)
+        print(f"| {precision} | {each} | {statistics.mean(values):.1f} |")
+    lost = statistics.mean(reached["float32"]) - statistics.mean(reached["int8"])
+    aim("points lost by int8", lost, 1.0)
 
 
 def sizes(pythons: dict[str, Path]) -> None:

@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 
 from fedtune.errors import ConfigError
 from fedtune.hours import Window
-from fedtune.types import digest_of
+from fedtune.types import Task, digest_of
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "hospitals"
@@ -31,7 +31,6 @@ DIRECTIONS, PERTURBATION = 4096, 0.1
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Task = Literal["text-classification", "causal-lm"]
 
 
 class _Table(BaseModel):
@@ -499,8 +498,8 @@ class Machine(_Table):
     threads: int = Field(default=1, ge=1, le=1024)
     """As `train.threads`."""
     runtime: Literal["torch", "ort", "stepgraph"] = "torch"
-    """What trains: PyTorch; ONNX Runtime's training build (`fedtune[edge]`); or any ONNX Runtime
-    (`fedtune[edge-plain]`). The last two need artifacts, see `fedtune edge build`."""
+    """What trains: PyTorch; ONNX Runtime's training build; or any ONNX Runtime. The last two need
+    artifacts, see `fedtune edge build`, and no PyTorch, see docs/edge.md."""
     artifacts: str = "artifacts"
     """Folder of the artifacts."""
     artifacts_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
@@ -516,7 +515,12 @@ class Machine(_Table):
     start afresh each round."""
 
     @model_validator(mode="after")
-    def _torch_has_no_artifacts(self) -> Self:
+    def _keys_are_of_the_runtime(self) -> Self:
+        if self.runtime != "torch" and self.base is not None:
+            raise ValueError(
+                f'machine.base is for machine.runtime = "torch"; with "{self.runtime}" the '
+                "artifacts hold the base model"
+            )
         for key in ("artifacts_digest", "max_memory_mb", "moments"):
             if self.runtime == "torch" and getattr(self, key) is not None:
                 name = key.replace("_", "-")

@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float32Vector = NDArray[np.float32]
+Task = Literal["text-classification", "causal-lm"]
 
 
 def sha256_hex(data: bytes) -> str:

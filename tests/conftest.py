@@ -99,22 +99,12 @@ def build_artifacts() -> Callable[..., Any]:
     def make(out: Path, *overrides: str) -> tuple[Config, TextModel]:
         labels = 'data.labels=["a","b","c"]'
         config = parse_config("", "test", [labels, "base.max-length=64", *overrides])
-        model = TextModel(config, 3)
+        model = TextModel(config, len(config.data.labels))
         parts = EdgeModel(model.base, model.adapter, model.pad_id, model.max_length)
         build(config, parts, out, lambda _text: None)
         return config, model
 
     return make
-
-
-@pytest.fixture(scope="session")
-def edge_artifacts(
-    build_artifacts: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Edge artifacts of MiniLM with three labels. Do not write to them."""
-    out = tmp_path_factory.mktemp("edge") / "artifacts"
-    build_artifacts(out)
-    return out
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from fedtune.deploy.site_training import SiteTraining
 from fedtune.edge.artifacts import EdgeArtifacts
 from fedtune.edge.devices import Step, fit, make_losses, make_trainer
 from fedtune.edge.optimizer import Moments
+from fedtune.edge.runtime import import_runtime, import_training
 from fedtune.edge.tokens import EdgeTokenizer
 from fedtune.edge.trainer import EdgeSettings, MomentStore
 from fedtune.errors import ConfigError
@@ -41,6 +42,7 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
                 "machine.max-memory-mb: the artifacts do not say what a step takes; build them on "
                 "Linux, or leave it out"
             )
+        import_training() if step_of(files) == "ort" else import_runtime()  # they are part of it
         left = machine.max_memory_mb * 1e6 - resident_memory()
         longest = int(rows.lengths.max(initial=2))
         micro_batch, fitting = fit(memory, left, micro_batch, longest)

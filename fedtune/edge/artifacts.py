@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import hmac
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
-from fedtune.config import Config, Task
 from fedtune.errors import ArtifactError
-from fedtune.types import Float32Vector, Manifest, digest_of, sha256_hex
+from fedtune.types import Float32Vector, Manifest, Task, digest_of, sha256_hex
+
+if TYPE_CHECKING:
+    from fedtune.config import Config  # 7 MB that training does without
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"

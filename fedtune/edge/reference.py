@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.config import Task
 from fedtune.train.texts import Batch
+from fedtune.types import Task
 
 MARKS = (1, 10, 50)  # steps
 # With larger ones a language model's steps magnify rounding errors faster than they learn.

@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.config import Task
 from fedtune.edge.engines import Engine, feeds
 from fedtune.edge.optimizer import Moments, Optimizer, clip_norm, make_optimizer
 from fedtune.edge.runtime import open_session
@@ -21,7 +20,7 @@ from fedtune.errors import TrainingError
 from fedtune.train.private import RecordPrivacy, private_gradient
 from fedtune.train.texts import COLLATE, IGNORED, Batch, TokenizedTexts
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
-from fedtune.types import Float32Vector, Manifest
+from fedtune.types import Float32Vector, Manifest, Task
 
 # Rows of a batch in an evaluation. A language model's logits are many for a single text.
 EVALUATED_AT_ONCE: dict[Task, int] = {"text-classification": 64, "causal-lm": 1}

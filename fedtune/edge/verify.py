@@ -9,7 +9,6 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.config import Task
 from fedtune.edge import artifacts as files
 from fedtune.edge.artifacts import EdgeArtifacts, Precision
 from fedtune.edge.devices import Runtime, check_files, open_engine
@@ -18,6 +17,7 @@ from fedtune.edge.optimizer import Moments, make_optimizer
 from fedtune.edge.reference import LEARNING_RATES, MARKS, WEIGHT_DECAY, batch_of
 from fedtune.edge.runtime import TRAINING_VERSION, import_runtime
 from fedtune.edge.trainer import ForwardModel
+from fedtune.types import Task
 
 # Largest difference of one value, as a share of the largest one where that is above 1. AdamW
 # divides by the root of its second moment, so with an epsilon of 1e-8 it turns the noise of a

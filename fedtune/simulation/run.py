@@ -142,6 +142,8 @@ class Simulation(Observer):
             run.journal,
             parties.authority if parties and job.config.secagg.enabled else None,
         )
+        # Before anything is trained: without workers it is this process's own model that is.
+        self._initial = job.initial() if options.references else None
         self._references: dict[str, ReferenceResult] = {}
         self._final: dict[int, Evaluation] = {}
         self._refused: list[str] = []
@@ -269,10 +271,9 @@ class Simulation(Observer):
             for place, client in enumerate(job.clients):
                 if client.test is not None:
                     self._final[place] = evaluate(pool, job, adapter, place)
-        if self._options.references:
-            initial = job.adapter.read()
+        if self._initial is not None:
             running = self._progress.references_running
-            self._references = run_references(pool, job, initial, running)
+            self._references = run_references(pool, job, self._initial, running)
 
     def _write(self, status: Status, error: JobError | None = None) -> Outcome:
         from fedtune.report.html import render_html

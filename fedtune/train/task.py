@@ -14,9 +14,9 @@ from torch.nn import functional
 from torch.utils.data import ConcatDataset, default_collate
 
 from fedtune.base.causal import position_logits
-from fedtune.config import Task as TaskName
 from fedtune.data import TextExamples
 from fedtune.train.texts import IGNORED, Batch, TokenizedTexts, ended, padded, with_next_tokens
+from fedtune.types import Task as TaskName
 
 
 class Task(Protocol):

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.config import Task
 from fedtune.errors import DataError
+from fedtune.types import Task
 
 IGNORED = -100  # a label that does not count, as in torch
 _NO_IDS = np.empty(0, np.int32)

@@ -384,6 +384,14 @@ def test_references_add_what_to_compare_with_and_change_nothing(
         assert 0 <= reference["accuracy"] <= 1
         assert budget // 2 < reference["sample_steps"] <= budget
     assert adapter_bytes(launcher.folder / "compared") == adapter_bytes(finished_run[0])
+    # They start from the beginning, also in the process that has trained the rounds.
+    code, command = launcher.run(
+        *quick, "--workers", "0", "--out", "alone", "--references", "--json"
+    )
+    assert code == 0, command.stderr
+    for reference in json.loads(command.stdout)["references"]:
+        expected = references[reference["name"]]["accuracy"]
+        assert reference["accuracy"] == pytest.approx(expected, abs=0.02)
 
 
 @pytest.fixture(scope="module")

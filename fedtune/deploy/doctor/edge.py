@@ -27,16 +27,21 @@ EXTRAS = {
 }
 
 
-def edge_extra(runtime: str, builds: Collection[str]) -> str:
-    """The extra of fedtune for a runtime, where these builds of ONNX Runtime are installed."""
-    fitting = [name for name in EXTRAS if runtime == "stepgraph" or "training" in name]
+def needs_training_build(files: SiteFiles) -> bool:
+    """Whether a site's steps are those of ONNX Runtime's training build."""
+    return files.config.machine.runtime == "ort" and files.federation.train.method == "backprop"
+
+
+def edge_extra(training_build: bool, builds: Collection[str]) -> str:
+    """The extra of fedtune that a device needs, where these builds of ONNX Runtime are."""
+    fitting = [name for name in EXTRAS if not training_build or "training" in name]
     installed = [EXTRAS[name] for name in fitting if name in builds]
-    return installed[0] if installed else ("edge" if runtime == "ort" else "edge-plain")
+    return installed[0] if installed else ("edge" if training_build else "edge-plain")
 
 
-def examine_runtime(examination: Examination, runtime: str) -> None:
-    """Whether the runtime that machine.runtime names runs here."""
-    examination.run("runtime", lambda: _runtime(runtime))
+def examine_runtime(examination: Examination, files: SiteFiles) -> None:
+    """Whether what machine.runtime names runs here."""
+    examination.run("runtime", lambda: _runtime(files))
 
 
 def examine_edge(
@@ -80,12 +85,9 @@ def _examine_step(
     return examination.run("memory of a step", lambda: _step(files, artifacts, longest))
 
 
-def _runtime(runtime: str) -> Verdict[None]:
-    if runtime == "ort":
-        import_training()
-    else:
-        import_runtime()
-    builds = installed_builds()
+def _runtime(files: SiteFiles) -> Verdict[None]:
+    import_training() if needs_training_build(files) else import_runtime()
+    runtime, builds = files.config.machine.runtime, installed_builds()
     told = ", ".join(f"{name} {version}" for name, version in builds.items())
     return Verdict("ok", f'runtime = "{runtime}": {told}')
 

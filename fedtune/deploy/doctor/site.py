@@ -8,7 +8,12 @@ from pathlib import Path
 from fedtune.base.resolve import PACKAGED
 from fedtune.config import Conditions, Config
 from fedtune.deploy.conditions import Judgement, judge
-from fedtune.deploy.doctor.edge import edge_extra, examine_edge, examine_runtime
+from fedtune.deploy.doctor.edge import (
+    edge_extra,
+    examine_edge,
+    examine_runtime,
+    needs_training_build,
+)
 from fedtune.deploy.doctor.findings import Examination, Verdict
 from fedtune.deploy.doctor.keys import examine_site_keys
 from fedtune.deploy.doctor.machine import examine_machine
@@ -39,9 +44,9 @@ def examine_site(examination: Examination, path: Path, measured: bool) -> None:
     runtime = files.config.machine.runtime
     extras = extras_for(config, data)
     if runtime != "torch":
-        extra = edge_extra(runtime, installed_builds())
+        extra = edge_extra(needs_training_build(files), installed_builds())
         examine_packages(examination, extras - {"torch", "example"} | {extra}, SERVERS)
-        examine_runtime(examination, runtime)
+        examine_runtime(examination, files)
     else:
         # What would bring the base model is not needed where it comes from the server.
         examine_packages(examination, extras - ({"example"} if is_fetched(files) else set()))

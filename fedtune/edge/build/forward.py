@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedtune.adapter.lora import AttachedAdapter
-from fedtune.config import Task
 from fedtune.edge.build.graph import IR_VERSION, OPSET
 from fedtune.edge.build.model import logits_of
 from fedtune.edge.build.output_layer import use_as_it_lies
 from fedtune.errors import BaseModelError
+from fedtune.types import Task
 
 BATCH, TOKENS, LONGEST = "batch", "tokens", 1 << 16
 LABELLED = "labelled"  # as many as a batch has labels: its texts, or all positions in them

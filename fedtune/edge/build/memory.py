@@ -11,7 +11,6 @@ from typing import get_args
 
 import numpy as np
 
-from fedtune.config import Task
 from fedtune.edge.artifacts import FORWARD, Memory, Precision
 from fedtune.edge.devices import Step, open_engine
 from fedtune.edge.runtime import import_runtime, import_training, use_little_memory
@@ -19,7 +18,7 @@ from fedtune.edge.trainer import ForwardModel
 from fedtune.errors import ArtifactError
 from fedtune.resources import forget_peak_memory, peak_memory, resident_memory
 from fedtune.train.texts import Batch
-from fedtune.types import Float32Vector, Manifest
+from fedtune.types import Float32Vector, Manifest, Task
 
 # Rows and tokens of the steps that are measured.
 _STEPS = ((1, 16), (8, 32), (1, 192), (8, 96))

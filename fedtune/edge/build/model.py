@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedtune.adapter.lora import AttachedAdapter
 from fedtune.base.causal import CausalBase, position_logits
 from fedtune.base.classifier import BaseModel
-from fedtune.config import Task
+from fedtune.types import Task
 
 
 @dataclass(frozen=True)

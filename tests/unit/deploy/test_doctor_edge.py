@@ -15,10 +15,12 @@ import tomli_w
 from doctor_helpers import only, statuses
 
 from fedtune.base.resolve import digest_base
+from fedtune.config import ClientConfig, Machine, parse_config
 from fedtune.deploy import keys
-from fedtune.deploy.doctor.edge import edge_extra
+from fedtune.deploy.doctor.edge import edge_extra, needs_training_build
 from fedtune.deploy.doctor.findings import Examination
 from fedtune.deploy.doctor.site import examine_site
+from fedtune.deploy.site_files import SiteFiles
 from fedtune.edge.artifacts import MANIFEST, EdgeArtifacts, Memory
 from fedtune.resources import resident_memory
 
@@ -220,7 +222,18 @@ def test_what_a_budget_of_memory_leaves(site: Site) -> None:
     ],
 )
 def test_the_extra_of_a_runtime(runtime: str, builds: list[str], extra: str) -> None:
-    assert edge_extra(runtime, builds) == extra
+    assert edge_extra(runtime == "ort", builds) == extra
+
+
+def test_without_gradients_no_build_must_train() -> None:
+    found = {}
+    for method, more in (("backprop", []), ("forward-only", ["train.optimizer=sgd"])):
+        config = parse_config("", "test", [f"train.method={method}", *more])
+        for runtime in ("ort", "stepgraph"):
+            machine = Machine.model_validate({"runtime": runtime})
+            files = SiteFiles(Path("client.toml"), ClientConfig(machine=machine), config)
+            found[runtime, method] = needs_training_build(files)
+    assert [case for case, needed in found.items() if needed] == [("ort", "backprop")]
 
 
 @pytest.mark.parametrize(
