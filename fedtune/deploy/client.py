@@ -9,6 +9,7 @@ import logging
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -44,7 +45,8 @@ from flwr.app import Message, MessageType  # isort: skip
 
 # While a round is on, and when nothing came for some time.
 POLL_SECONDS, IDLE_POLL_SECONDS, BUSY_SECONDS = 0.06, 0.4, 3.0
-PAUSE_PER_ANSWER = 4  # in units of the time that the answer took
+PAUSE_PER_ANSWER = 4  # in units of the time that the fastest of so many answers took
+ANSWERS_COMPARED = 4
 SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 PUSH_TRIES = 5
 # The server looks for answers ten times a second, if it has not to do with a large one.
@@ -208,6 +210,7 @@ class _Site:
         beats = threading.Thread(target=self._beat, args=(done,), daemon=True)
         beats.start()
         heard = time.monotonic()
+        took = deque([0.0], ANSWERS_COMPARED)
         try:
             while not self._lost.is_set():
                 self._participation.look()
@@ -216,8 +219,10 @@ class _Site:
                 if message is None:
                     now = time.monotonic()
                     pause = POLL_SECONDS if now - heard < BUSY_SECONDS else IDLE_POLL_SECONDS
-                    # A server that is slow to say that there is nothing has too many who ask.
-                    time.sleep(max(pause, PAUSE_PER_ANSWER * (now - asked)))
+                    # A server that is always slow to say that there is nothing has too many who
+                    # ask; one that is slow now and then has other things to do.
+                    took.append(now - asked)
+                    time.sleep(max(pause, PAUSE_PER_ANSWER * min(took)))
                     continue
                 self._refusals = 0
                 over = message.metadata.message_type == FAREWELL and self._once
