@@ -494,7 +494,7 @@ class Machine(_Table):
     models: str = "models"
     """Folder for a base model that is fetched from the server."""
     device: str = "auto"
-    """As `train.device`."""
+    """As `train.device`; without PyTorch, `auto` is the CPU."""
     threads: int = Field(default=1, ge=1, le=1024)
     """As `train.threads`."""
     runtime: Literal["torch", "ort", "stepgraph"] = "torch"

@@ -91,7 +91,7 @@ def _trainer(
                 "no AdamW; leave it out"
             )
         directions = directions_of(config, artifacts.tensors, artifacts.initial())
-        losses = make_losses(artifacts, machine.precision, threads, micro_batch)
+        losses = make_losses(artifacts, machine.precision, threads, micro_batch, machine.device)
         return ForwardOnlyTrainer(losses, directions, config.train.perturbation)
     settings = EdgeSettings(
         config.train.optimizer,
@@ -101,7 +101,9 @@ def _trainer(
         micro_batch,
     )
     moments = MomentFile(files.find(machine.moments)) if machine.moments else None
-    return make_trainer(artifacts, step, machine.precision, threads, settings, moments)
+    return make_trainer(
+        artifacts, step, machine.precision, threads, settings, moments, machine.device
+    )
 
 
 class MomentFile(MomentStore):

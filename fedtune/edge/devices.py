@@ -27,13 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 def open_engine(
-    runtime: Runtime, folder: Path, manifest: Manifest, threads: int, dropout: bool
+    runtime: Runtime,
+    folder: Path,
+    manifest: Manifest,
+    threads: int,
+    dropout: bool,
+    device: str = "cpu",
 ) -> Engine:
     """The engine of a runtime on the graphs in `folder`; raises `ConfigError`."""
     if runtime == "ort":
         graph, checkpoint = folder / files.TRAINING, folder / files.CHECKPOINT
-        return TrainingEngine(graph, checkpoint, manifest, threads, dropout)
-    return StepGraphEngine(folder / files.STEP, manifest, threads, dropout)
+        return TrainingEngine(graph, checkpoint, manifest, threads, dropout, device)
+    return StepGraphEngine(folder / files.STEP, manifest, threads, dropout, device)
 
 
 _FILES: dict[Step, tuple[str, ...]] = {
@@ -59,6 +64,7 @@ def make_trainer(
     threads: int,
     settings: EdgeSettings,
     moments: MomentStore | None = None,
+    device: str = "cpu",
 ) -> EdgeTrainer:
     """A trainer whose files were checked; raises `ArtifactError` or `ConfigError`."""
     found = artifacts.manifest
@@ -69,8 +75,8 @@ def make_trainer(
         )
     use_little_memory()
     folder = check_files(artifacts, runtime, precision)
-    engine = open_engine(runtime, folder, artifacts.tensors, threads, found.dropout > 0)
-    forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads)
+    engine = open_engine(runtime, folder, artifacts.tensors, threads, found.dropout > 0, device)
+    forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads, device)
     return EdgeTrainer(
         artifacts.tensors,
         found.base_digest,
@@ -84,12 +90,16 @@ def make_trainer(
 
 
 def make_losses(
-    artifacts: EdgeArtifacts, precision: Precision, threads: int, micro_batch: int
+    artifacts: EdgeArtifacts,
+    precision: Precision,
+    threads: int,
+    micro_batch: int,
+    device: str = "cpu",
 ) -> EdgeLosses:
     """What training without gradients needs, on any ONNX Runtime; raises `ArtifactError`."""
     use_little_memory()
     folder = check_files(artifacts, "forward", precision)
-    forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads)
+    forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads, device)
     found = artifacts.manifest
     return EdgeLosses(forward, found.base_digest, found.task, found.pad_id, micro_batch)
 

@@ -7,7 +7,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedtune.edge.runtime import import_runtime, import_training, open_session, session_options
+from fedtune.edge.runtime import (
+    import_runtime,
+    import_training,
+    open_session,
+    providers_of,
+    session_options,
+)
 from fedtune.errors import ConfigError
 from fedtune.train.texts import Batch
 from fedtune.types import Float32Vector, Manifest
@@ -27,10 +33,18 @@ class TrainingEngine:
     """ONNX Runtime's training build (`onnxruntime-training` 1.19.2)."""
 
     def __init__(
-        self, graph: Path, checkpoint: Path, manifest: Manifest, threads: int, dropout: bool
+        self,
+        graph: Path,
+        checkpoint: Path,
+        manifest: Manifest,
+        threads: int,
+        dropout: bool,
+        device: str = "cpu",
     ) -> None:
         """Raises `ConfigError` if this is another build, or does not load the files."""
         self._api = import_training()
+        providers_of(device)
+        self._device = "cpu" if device == "auto" else device
         self._graph, self._checkpoint, self._manifest = graph, checkpoint, manifest
         self._threads, self._dropout = threads, dropout
         self._open()
@@ -41,7 +55,7 @@ class TrainingEngine:
             self._module: Any = self._api.Module(
                 str(self._graph),
                 self._state,
-                device="cpu",
+                device=self._device,
                 session_options=session_options(self._threads),
             )
         except Exception as error:  # of a dozen kinds without a common base
@@ -73,11 +87,13 @@ class TrainingEngine:
 class StepGraphEngine:
     """A graph of ordinary operators that gives loss and gradients, on any ONNX Runtime."""
 
-    def __init__(self, graph: Path, manifest: Manifest, threads: int, dropout: bool) -> None:
+    def __init__(
+        self, graph: Path, manifest: Manifest, threads: int, dropout: bool, device: str = "cpu"
+    ) -> None:
         """Raises `ConfigError` if the graph does not load."""
         self._graph, self._manifest = graph, manifest
-        self._threads, self._dropout = threads, dropout
-        self._session = open_session(graph, threads)
+        self._threads, self._dropout, self._device = threads, dropout, device
+        self._open()
         self._outputs = ["loss", *(gradient_name(t.name) for t in manifest.tensors)]
 
     def gradient(self, adapter: Float32Vector, batch: Batch) -> tuple[float, Float32Vector]:
@@ -92,7 +108,10 @@ class StepGraphEngine:
         if self._dropout:
             # Generators are seeded when a session is opened, and not again.
             import_runtime().set_seed(seed % 2**31)
-            self._session = open_session(self._graph, self._threads)
+            self._open()
+
+    def _open(self) -> None:
+        self._session = open_session(self._graph, self._threads, self._device)
 
 
 def feeds(batch: Batch, adapter: Float32Vector, manifest: Manifest) -> dict[str, Any]:

@@ -22,6 +22,7 @@ _LISTS = (
 )
 _MMAP_THRESHOLD, _LARGE_BLOCK = -3, 1 << 17  # M_MMAP_THRESHOLD of malloc.h; bytes
 _ERRORS = 3  # of the runtime's log, in which all else is about itself
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _FAMILY = ("onnxruntime", "ort-")
 _MODULE = "onnxruntime/__init__.py"
 
@@ -120,15 +121,35 @@ def session_options(threads: int) -> Any:
     return options
 
 
-def open_session(graph: Path, threads: int) -> Any:
-    """An inference session on the CPU; raises `ConfigError` if the graph does not load."""
-    runtime = import_runtime()
+def providers_of(device: str) -> list[Any]:
+    """What runs a session's nodes on `machine.device`, the first that can.
+
+    `auto` is the CPU: on a small model CUDA must be asked for. Raises `ConfigError` if this build
+    of ONNX Runtime has no such device.
+    """
+    if device in {"auto", "cpu"}:
+        return [_CPU]
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or _CUDA not in import_runtime().get_available_providers():
+        raise ConfigError(
+            f"machine.device = {device}: {', '.join(installed_builds())} does not know it; use "
+            "auto or cpu, or for CUDA install fedtune[edge-cuda]"
+        )
+    return [(_CUDA, {"device_id": int(number or 0)}), _CPU]
+
+
+def open_session(graph: Path, threads: int, device: str = "cpu") -> Any:
+    """An inference session; raises `ConfigError` if the graph or the device does not load."""
+    runtime, providers = import_runtime(), providers_of(device)
     try:
-        return runtime.InferenceSession(
-            str(graph), session_options(threads), providers=["CPUExecutionProvider"]
+        session = runtime.InferenceSession(
+            str(graph), session_options(threads), providers=providers
         )
     except Exception as error:  # of a dozen kinds without a common base
         raise ConfigError(
             f"{graph}: ONNX Runtime {runtime.__version__} does not load it: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
+    if len(session.get_providers()) < len(providers):  # it goes on with what is left
+        raise ConfigError(f"machine.device = {device}: ONNX Runtime cannot use it; use auto or cpu")
+    return session

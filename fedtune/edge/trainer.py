@@ -66,12 +66,13 @@ class ForwardModel:
     It is opened when it is first asked: most devices only train.
     """
 
-    def __init__(self, graph: Path, manifest: Manifest, threads: int) -> None:
-        self._graph, self._manifest, self._threads = graph, manifest, threads
+    def __init__(self, graph: Path, manifest: Manifest, threads: int, device: str = "cpu") -> None:
+        self._graph, self._manifest = graph, manifest
+        self._threads, self._device = threads, device
 
     @cached_property
     def _session(self) -> Any:
-        return open_session(self._graph, self._threads)
+        return open_session(self._graph, self._threads, self._device)
 
     def logits(self, adapter: Float32Vector, batch: Batch) -> NDArray[np.float32]:
         """What the model says of a batch's texts; raises `ConfigError` if it does not load."""

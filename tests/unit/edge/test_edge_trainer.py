@@ -239,6 +239,15 @@ def test_a_loss_that_is_not_finite_is_told(
         )
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_this_build_does_not_know_is_told(
+    tiny: Built, runtime: Runtime, device: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"machine.device = {device}: onnxruntime"):
+        make_trainer(tiny.artifacts, runtime, "int8", 1, EdgeSettings(), device=device)
+
+
 def test_training_leaves_all_files_as_they_were(tiny: Built, rows: TextExamples) -> None:
     for runtime in RUNTIMES:
         data = tiny.model.prepare(rows)
