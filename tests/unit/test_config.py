@@ -15,6 +15,7 @@ from fedtune.config import (
     PRESETS,
     Config,
     known_keys,
+    load_client,
     load_config,
     load_preset,
     load_server,
@@ -366,3 +367,26 @@ def test_what_is_no_address_is_refused(tmp_path: Path, status: str) -> None:
     file.write_text(f'[server]\nstatus = "{status}"\n')
     with pytest.raises(ConfigError, match=r"server\.status must be an address and a port"):
         load_server(file)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "line", "named"),
+    [
+        ("torch", "max-memory-mb = 250", "max-memory-mb"),
+        ("torch", 'moments = "moments.safetensors"', "moments"),
+        ("torch", f'artifacts-digest = "{"0" * 64}"', "artifacts-digest"),
+        ("torch", 'precision = "int8"', "precision"),
+        ("ort", 'base = "/models/base"', "base"),
+        ("stepgraph", 'base = "/models/base"', "base"),
+    ],
+)
+def test_keys_of_a_machine_are_refused_where_its_runtime_does_not_use_them(
+    tmp_path: Path, runtime: str, line: str, named: str
+) -> None:
+    file = tmp_path / "client.toml"
+    file.write_text(f'[machine]\nruntime = "{runtime}"\n{line}\n')
+    with pytest.raises(ConfigError, match=rf"machine\.{named} is for machine\.runtime = "):
+        load_client(file)
+    other = "stepgraph" if runtime == "torch" else "torch"
+    file.write_text(f'[machine]\nruntime = "{other}"\n{line}\n')
+    assert load_client(file).machine.runtime == other
