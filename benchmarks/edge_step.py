@@ -66,9 +66,6 @@ def make(kind: str, artifacts: Path) -> Any:
     runtime, _, precision = kind.partition("/")
     found = EdgeArtifacts(artifacts)
     if runtime == "inference":
-        from fedtune.edge.runtime import use_little_memory
-
-        use_little_memory()
         forward = ForwardModel(artifacts / precision / "forward.onnx", found.tensors, THREADS)
         nothing: Any = None
         return EdgeTrainer(

@@ -13,9 +13,9 @@ from fedtune.data import TextExamples
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
 from fedtune.edge.artifacts import EdgeArtifacts
-from fedtune.edge.devices import Step, fit, make_losses, make_trainer
+from fedtune.edge.devices import fit, make_losses, make_trainer
 from fedtune.edge.optimizer import Moments
-from fedtune.edge.runtime import import_runtime, import_training
+from fedtune.edge.runtime import import_build
 from fedtune.edge.tokens import EdgeTokenizer
 from fedtune.edge.trainer import EdgeSettings, MomentStore
 from fedtune.errors import ConfigError
@@ -36,13 +36,13 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
     tokenizer = EdgeTokenizer(artifacts, length)
     rows = tokenizer.prepare(train)
     if machine.max_memory_mb is not None:
-        memory = artifacts.manifest.memory.get(f"{step_of(files)}/{machine.precision}")
+        memory = artifacts.manifest.memory.get(f"{files.step}/{machine.precision}")
         if memory is None:
             raise ConfigError(
                 "machine.max-memory-mb: the artifacts do not say what a step takes; build them on "
                 "Linux, or leave it out"
             )
-        import_training() if step_of(files) == "ort" else import_runtime()  # they are part of it
+        import_build(files.step)  # it is part of what is resident
         left = machine.max_memory_mb * 1e6 - resident_memory()
         longest = int(rows.lengths.max(initial=2))
         micro_batch, fitting = fit(memory, left, micro_batch, longest)
@@ -51,20 +51,13 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
             rows = tokenizer.prepare(train)
     trainer = _trainer(files, artifacts, micro_batch, len(train))
     parts = f", {micro_batch} at a time" if micro_batch < config.train.batch_size else ""
-    how = "without gradients" if step_of(files) == "forward" else machine.runtime
+    how = "without gradients" if files.step == "forward" else machine.runtime
     return SiteTraining(
         trainer,
         rows,
         tokenizer.prepare(test) if test else None,
         f"{how} {machine.precision}{parts}, artifacts {artifacts.digest[:16]}",
     )
-
-
-def step_of(files: SiteFiles) -> Step:
-    """What a step of training runs at this site."""
-    if files.federation.train.method == "forward-only":
-        return "forward"
-    return "ort" if files.config.machine.runtime == "ort" else "stepgraph"
 
 
 def open_artifacts(files: SiteFiles) -> EdgeArtifacts:
@@ -82,7 +75,7 @@ def open_artifacts(files: SiteFiles) -> EdgeArtifacts:
 def _trainer(
     files: SiteFiles, artifacts: EdgeArtifacts, micro_batch: int, examples: int
 ) -> Trainer:
-    config, machine, step = files.federation, files.config.machine, step_of(files)
+    config, machine, step = files.federation, files.config.machine, files.step
     threads = config.train.threads
     if step == "forward":
         if machine.moments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fedtune.base.resolve import resolve_base
 from fedtune.config import ClientConfig, Config, load_client, load_config
@@ -107,6 +108,13 @@ class SiteFiles:
     def needs_base(self) -> bool:
         """Whether this site loads the base model; artifacts hold what a device needs of it."""
         return self.config.machine.runtime == "torch"
+
+    @property
+    def step(self) -> Literal["ort", "stepgraph", "forward"]:
+        """What a step of training runs, where it is not PyTorch that trains."""
+        if self.federation.train.method == "forward-only":
+            return "forward"
+        return "ort" if self.config.machine.runtime == "ort" else "stepgraph"
 
     def has_base(self) -> bool:
         """Whether there is a base model here; that it is the right one is seen when it is loaded.

@@ -9,7 +9,6 @@ from typing import Literal
 from fedtune.edge import artifacts as files
 from fedtune.edge.artifacts import EdgeArtifacts, Memory, Precision
 from fedtune.edge.engines import Engine, StepGraphEngine, TrainingEngine
-from fedtune.edge.runtime import use_little_memory
 from fedtune.edge.trainer import (
     EdgeLosses,
     EdgeSettings,
@@ -73,7 +72,6 @@ def make_trainer(
             "privacy.unit = record with adapter.dropout: a device cannot draw each example's "
             "dropout by itself; set adapter.dropout = 0"
         )
-    use_little_memory()
     folder = check_files(artifacts, runtime, precision)
     engine = open_engine(runtime, folder, artifacts.tensors, threads, found.dropout > 0, device)
     forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads, device)
@@ -97,7 +95,6 @@ def make_losses(
     device: str = "cpu",
 ) -> EdgeLosses:
     """What training without gradients needs, on any ONNX Runtime; raises `ArtifactError`."""
-    use_little_memory()
     folder = check_files(artifacts, "forward", precision)
     forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads, device)
     found = artifacts.manifest

@@ -111,7 +111,7 @@ class StepGraphEngine:
             self._open()
 
     def _open(self) -> None:
-        self._session = open_session(self._graph, self._threads, self._device)
+        self._session = open_session(self._graph, self._threads, self._device, prepack=True)
 
 
 def feeds(batch: Batch, adapter: Float32Vector, manifest: Manifest) -> dict[str, Any]:

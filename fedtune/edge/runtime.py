@@ -41,6 +41,20 @@ def installed_builds() -> dict[str, str]:
     }
 
 
+@cache
+def _use_little_memory() -> None:
+    """Give memory back when it is freed, which the C library otherwise keeps for later.
+
+    glibc raises the size above which it does so with every large block that is freed; named
+    explicitly, the size stays. It is what loading a model leaves behind, a few megabytes. Other
+    libraries have no such setting and need none.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
 def import_runtime() -> Any:
     """The package `onnxruntime`; raises `ConfigError` if there is none, or several in one."""
     builds = installed_builds()
@@ -50,6 +64,7 @@ def import_runtime() -> Any:
             f"{' and '.join(names)} are both installed and overwrite each other's files: "
             f"pip uninstall -y {' '.join(names)}, then install {_LISTS}"
         )
+    _use_little_memory()
     try:
         import onnxruntime
 
@@ -81,17 +96,12 @@ def import_training() -> Any:
     return api
 
 
-def use_little_memory() -> None:
-    """Give memory back when it is freed, which the C library otherwise keeps for later.
-
-    glibc raises the size above which it does so with every large block that is freed; named
-    explicitly, the size stays. It is what loading a model leaves behind, a few megabytes. Other
-    libraries have no such setting and need none.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
+def import_build(step: str) -> None:
+    """Import what runs a step: for `ort` the build that trains, else any; raises `ConfigError`."""
+    if step == "ort":
+        import_training()
+    else:
+        import_runtime()
 
 
 @cache
@@ -108,8 +118,8 @@ def _share_arena() -> None:
     runtime.create_and_register_allocator(memory, runtime.OrtArenaCfg(0, 1, -1, -1))
 
 
-def session_options(threads: int) -> Any:
-    """Options for little memory: a shared arena, no second copy of weights."""
+def session_options(threads: int, prepack: bool = False) -> Any:
+    """Options for little memory: a shared arena, and unless `prepack` no second copy of weights."""
     _share_arena()
     options = import_runtime().SessionOptions()
     options.intra_op_num_threads = threads
@@ -117,7 +127,7 @@ def session_options(threads: int) -> Any:
     options.enable_mem_pattern = False  # one block per step size, beside what is there
     options.log_severity_level = _ERRORS
     options.add_session_config_entry("session.use_env_allocators", "1")
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     return options
 
 
@@ -138,12 +148,16 @@ def providers_of(device: str) -> list[Any]:
     return [(_CUDA, {"device_id": int(number or 0)}), _CPU]
 
 
-def open_session(graph: Path, threads: int, device: str = "cpu") -> Any:
-    """An inference session; raises `ConfigError` if the graph or the device does not load."""
+def open_session(graph: Path, threads: int, device: str = "cpu", prepack: bool = False) -> Any:
+    """An inference session; raises `ConfigError` if the graph or the device does not load.
+
+    With `prepack` weights are laid out for the matrix products when it is opened: faster steps, for
+    a copy of some of them.
+    """
     runtime, providers = import_runtime(), providers_of(device)
     try:
         session = runtime.InferenceSession(
-            str(graph), session_options(threads), providers=providers
+            str(graph), session_options(threads, prepack), providers=providers
         )
     except Exception as error:  # of a dozen kinds without a common base
         raise ConfigError(

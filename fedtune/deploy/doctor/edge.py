@@ -14,7 +14,7 @@ from fedtune.deploy.doctor.rounds import examine_policy, examine_traffic
 from fedtune.deploy.keys import Members
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.edge.artifacts import EdgeArtifacts
-from fedtune.edge.runtime import import_runtime, import_training, installed_builds
+from fedtune.edge.runtime import import_build, installed_builds
 from fedtune.report import words
 from fedtune.resources import resident_memory
 
@@ -25,11 +25,6 @@ EXTRAS = {
     "onnxruntime-training": "edge-cuda",
     "onnxruntime": "edge-plain",
 }
-
-
-def needs_training_build(files: SiteFiles) -> bool:
-    """Whether a site's steps are those of ONNX Runtime's training build."""
-    return files.config.machine.runtime == "ort" and files.federation.train.method == "backprop"
 
 
 def edge_extra(training_build: bool, builds: Collection[str]) -> str:
@@ -86,14 +81,14 @@ def _examine_step(
 
 
 def _runtime(files: SiteFiles) -> Verdict[None]:
-    import_training() if needs_training_build(files) else import_runtime()
+    import_build(files.step)
     runtime, builds = files.config.machine.runtime, installed_builds()
     told = ", ".join(f"{name} {version}" for name, version in builds.items())
     return Verdict("ok", f'runtime = "{runtime}": {told}')
 
 
 def _artifacts(files: SiteFiles) -> Verdict[EdgeArtifacts]:
-    from fedtune.deploy.edge_site import open_artifacts, step_of
+    from fedtune.deploy.edge_site import open_artifacts
     from fedtune.edge.artifacts import TOKENIZER
     from fedtune.edge.devices import check_files
 
@@ -101,7 +96,7 @@ def _artifacts(files: SiteFiles) -> Verdict[EdgeArtifacts]:
     if machine.runtime == "torch":
         raise ValueError("a site that trains with PyTorch has no artifacts")
     artifacts = open_artifacts(files)
-    check_files(artifacts, step_of(files), machine.precision)
+    check_files(artifacts, files.step, machine.precision)
     artifacts.path(TOKENIZER)
     text = (
         f"{artifacts.folder}, digest {artifacts.digest}; the base model "
@@ -129,11 +124,10 @@ def _lengths(artifacts: EdgeArtifacts, rows: TextExamples) -> Verdict[int]:
 
 def _step(files: SiteFiles, artifacts: EdgeArtifacts, tokens: int) -> Verdict[int]:
     """What the training process takes of memory, as the artifacts' measured model has it."""
-    from fedtune.deploy.edge_site import step_of
     from fedtune.edge.devices import fit
 
     config, machine = files.federation, files.config.machine
-    memory = artifacts.manifest.memory.get(f"{step_of(files)}/{machine.precision}")
+    memory = artifacts.manifest.memory.get(f"{files.step}/{machine.precision}")
     if memory is None:
         return Verdict(
             "warning",

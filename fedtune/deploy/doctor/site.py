@@ -12,7 +12,6 @@ from fedtune.deploy.doctor.edge import (
     edge_extra,
     examine_edge,
     examine_runtime,
-    needs_training_build,
 )
 from fedtune.deploy.doctor.findings import Examination, Verdict
 from fedtune.deploy.doctor.keys import examine_site_keys
@@ -44,7 +43,7 @@ def examine_site(examination: Examination, path: Path, measured: bool) -> None:
     runtime = files.config.machine.runtime
     extras = extras_for(config, data)
     if runtime != "torch":
-        extra = edge_extra(needs_training_build(files), installed_builds())
+        extra = edge_extra(files.step == "ort", installed_builds())
         examine_packages(examination, extras - {"torch", "example"} | {extra}, SERVERS)
         examine_runtime(examination, files)
     else:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedtune.edge.artifacts import FORWARD, Memory, Precision
 from fedtune.edge.devices import Step, open_engine
-from fedtune.edge.runtime import import_runtime, import_training, use_little_memory
+from fedtune.edge.runtime import import_build
 from fedtune.edge.trainer import ForwardModel
 from fedtune.errors import ArtifactError
 from fedtune.resources import forget_peak_memory, peak_memory, resident_memory
@@ -73,8 +73,7 @@ def main() -> None:
     manifest = Manifest.of((name, tuple(shape)) for name, shape in shapes)
     # As on a device: where torch is, ONNX Runtime's training build imports it.
     sys.modules["torch"] = None  # type: ignore[assignment]  # what makes an import fail
-    use_little_memory()
-    import_training() if what == "ort" else import_runtime()
+    import_build(what)
     before = resident_memory()
     step = _open(what, Path(folder), manifest)
     adapter = np.zeros(manifest.size, np.float32)

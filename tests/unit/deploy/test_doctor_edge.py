@@ -17,7 +17,7 @@ from doctor_helpers import only, statuses
 from fedtune.base.resolve import digest_base
 from fedtune.config import ClientConfig, Machine, parse_config
 from fedtune.deploy import keys
-from fedtune.deploy.doctor.edge import edge_extra, needs_training_build
+from fedtune.deploy.doctor.edge import edge_extra
 from fedtune.deploy.doctor.findings import Examination
 from fedtune.deploy.doctor.site import examine_site
 from fedtune.deploy.site_files import SiteFiles
@@ -232,8 +232,8 @@ def test_without_gradients_no_build_must_train() -> None:
         for runtime in ("ort", "stepgraph"):
             machine = Machine.model_validate({"runtime": runtime})
             files = SiteFiles(Path("client.toml"), ClientConfig(machine=machine), config)
-            found[runtime, method] = needs_training_build(files)
-    assert [case for case, needed in found.items() if needed] == [("ort", "backprop")]
+            found[runtime, method] = files.step
+    assert [case for case, step in found.items() if step == "ort"] == [("ort", "backprop")]
 
 
 @pytest.mark.parametrize(
