@@ -303,7 +303,7 @@ class Federation:
         if not journal.exists():
             return 0
         with closing(self._read(journal)) as database:
-            database.execute("PRAGMA busy_timeout = 5000")
+            database.execute("PRAGMA busy_timeout = 60000")
             return int(database.execute("SELECT max(round) FROM rounds").fetchone()[0])
 
     @contextmanager
