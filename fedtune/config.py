@@ -52,7 +52,9 @@ class Base(_Table):
     folder with one GGUF file, or a hub id."""
     task: Task = "text-classification"
     """`text-classification`: an encoder with a new head says the label of a text. `causal-lm`: a
-    decoder says the next token; rows are texts without labels."""
+    decoder says the next token; rows are texts without labels. `visual-question-answering`: a
+    decoder behind an image encoder and a connector answers questions about images, out of a
+    list."""
     digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of its files; unset: any, as long as server and clients have the same. With it, a
     site that has no such model fetches it from the server, once."""
@@ -60,16 +62,37 @@ class Base(_Table):
     """How token states become one vector per text: their mean, or the first token's. Only for
     `text-classification`."""
     max_length: int = Field(default=128, ge=2, le=8192)
-    """Longest text in tokens; longer texts are cut."""
+    """Longest text in tokens; longer texts are cut, longer questions refused."""
+    placement: Literal["client", "server"] = "client"
+    """Where the base model is. `server`: it never leaves it, clients send adapted embeddings and
+    get gradients; only for `visual-question-answering`, see docs/nano.md."""
+    encoder: Literal["EfficientNet-Lite0"] = "EfficientNet-Lite0"
+    """The image encoder, at the client."""
+    connector: str | None = None
+    """File of the connector between image encoder and base model, made by `fedtune nano
+    pretrain-connector`. Unset: one is pretrained on the public part of `easy-vqa`."""
+    connector_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of that file; unset: any, as long as server and clients have the same."""
+
+
+class Split(_Table):
+    """What crosses the cut, with `base.placement = "server"`."""
+
+    labels: Literal["server", "client"] = "server"
+    """Who knows the answers: the server, which then answers with gradients at once; or only the
+    client, which gets scores and sends back their gradient: one exchange more for each step."""
+    activations: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    """How embeddings and their gradients travel."""
 
 
 class Adapter(_Table):
     """What is trained and travels."""
 
-    kind: Literal["lora"] = "lora"
-    """The adapter family."""
+    kind: Literal["lora", "nano"] = "lora"
+    """The adapter family. `nano`: bottlenecks on the inputs of a language model (FedNano), for
+    `visual-question-answering`."""
     rank: int = Field(default=8, ge=1, le=1024)
-    """Rank r of the LoRA matrices."""
+    """Rank r of the LoRA matrices, or width of a NanoAdapter's bottleneck."""
     alpha: Positive = 16.0
     """LoRA scaling: the update is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -82,7 +105,7 @@ class Data(_Table):
     """What the clients train on, when one machine simulates them all."""
 
     source: str = Field(default="icd10", min_length=1)
-    """`icd10` (packaged), a folder with one sub-folder per client, or one file."""
+    """`icd10` or `easy-vqa` (packaged), a folder with one sub-folder per client, or one file."""
     partition: str | None = None
     """How one body of data is divided: `iid`, `dirichlet:ALPHA`, `column:NAME`, `shards:N`.
     Unset: `iid`; not allowed for a folder of clients, which is divided already."""
@@ -287,6 +310,7 @@ class Config(_Table):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Drives partition, initialisation, sampling and batches; never anything secret."""
     base: Base = Base()
+    split: Split = Split()
     adapter: Adapter = Adapter()
     data: Data = Data()
     train: Train = Train()
@@ -321,9 +345,33 @@ class Config(_Table):
 
     @model_validator(mode="after")
     def _labels_fit_the_task(self) -> Self:
-        if self.base.task == "causal-lm" and (self.data.labels or self.base.pooling != "mean"):
-            key = "data.labels" if self.data.labels else "base.pooling"
-            raise ValueError(f"{key} is for base.task = text-classification; leave it out")
+        if self.base.task == "causal-lm" and self.data.labels:
+            raise ValueError("data.labels is for a base.task with labels; leave it out")
+        if self.base.task != "text-classification" and self.base.pooling != "mean":
+            raise ValueError("base.pooling is for base.task = text-classification; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits_the_task(self) -> Self:
+        vision = self.base.task == "visual-question-answering"
+        if vision != (self.adapter.kind == "nano"):
+            raise ValueError(
+                "adapter.kind = nano and base.task = visual-question-answering go together: set "
+                "both or neither"
+            )
+        if vision and (self.adapter.dropout or self.adapter.targets):
+            key = "adapter.dropout" if self.adapter.dropout else "adapter.targets"
+            raise ValueError(f"{key} is for adapter.kind = lora; leave it out")
+        if vision and self.privacy.unit == "record":
+            raise ValueError(
+                "privacy.unit = record is not built for adapter.kind = nano; use privacy.unit = "
+                "client"
+            )
+        if not vision and self.base.placement != "client":
+            raise ValueError(
+                f"base.placement = {self.base.placement} is for base.task = "
+                "visual-question-answering; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -381,9 +429,14 @@ class Config(_Table):
         return self.train.directions if self.train.method == "forward-only" else adapter
 
     @property
+    def has_labels(self) -> bool:
+        """Whether the task has classes or answers to choose from."""
+        return self.base.task != "causal-lm"
+
+    @property
     def lacks_labels(self) -> bool:
         """Whether the parties could not agree on what the model's outputs mean."""
-        return self.base.task == "text-classification" and not self.data.labels
+        return self.has_labels and not self.data.labels
 
     @property
     def label_column(self) -> str | None:
@@ -397,7 +450,7 @@ class Config(_Table):
         Left out: where data and base model lie (the base has a digest of its own) and how fast a
         machine computes.
         """
-        own: Any = {"base": {"path"}, "data": True, "train": {"device", "threads"}}
+        own: Any = {"base": {"path", "connector"}, "data": True, "train": {"device", "threads"}}
         value = self.model_dump(mode="json", exclude=own)
         value["labels"] = self.data.labels
         return digest_of(value)

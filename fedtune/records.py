@@ -100,6 +100,36 @@ class Reference(Record):
 
 
 @dataclass(frozen=True)
+class Sample(Record):
+    """A question of the common test set: what the base model said, and the federated one."""
+
+    question: str
+    answer: str
+    before: str
+    after: str
+    image: str  # a PNG, base64
+
+
+@dataclass(frozen=True)
+class Cut(Record):
+    """What passed between clients and a base model that they do not hold, without headers.
+
+    Bytes are of trained examples, up (embeddings) and down (gradients); `floor` is the least for
+    so many tokens in this encoding. Evaluations are counted apart.
+    """
+
+    encoding: str
+    labels_at: str
+    examples: int
+    tokens: int
+    bytes_up: int
+    bytes_down: int
+    floor: int
+    evaluated: int
+    evaluation_bytes: int
+
+
+@dataclass(frozen=True)
 class Summary(Record):
     """The whole run, as summary.json."""
 
@@ -132,6 +162,8 @@ class Summary(Record):
     evaluation: str  # words: "1,021 texts of common test set", "clients' own test sets"
     warnings: tuple[str, ...]
     versions: dict[str, str]
+    samples: tuple[Sample, ...] = ()
+    cut: Cut | None = None
 
 
 def _plain(value: Any) -> Any:

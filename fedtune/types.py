@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float32Vector = NDArray[np.float32]
-Task = Literal["text-classification", "causal-lm"]
+Task = Literal["text-classification", "causal-lm", "visual-question-answering"]
 
 
 def sha256_hex(data: bytes) -> str:

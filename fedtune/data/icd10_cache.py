@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedtune.cache import cache_folder
 from fedtune.data.examples import TextExamples
 from fedtune.data.icd10_corpus import MISSING, Corpus, build_corpus
 from fedtune.errors import DataError
@@ -31,7 +31,7 @@ def cached_corpus(cache_dir: Path | None) -> Corpus:
         version = importlib.metadata.version("simple-icd-10-cm")
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(MISSING) from error
-    folder = cache_dir or _default_folder()
+    folder = cache_dir or cache_folder()
     if folder is None:
         return build_corpus(f"simple-icd-10-cm {version}")
     path = folder / f"icd10cm-{version}-v{_FORMAT}.json"
@@ -41,14 +41,6 @@ def cached_corpus(cache_dir: Path | None) -> Corpus:
         with contextlib.suppress(OSError):
             _write(path, corpus)
     return corpus
-
-
-def _default_folder() -> Path | None:
-    given = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(given) if given else Path.home() / ".cache") / "fedtune"
-    except RuntimeError:  # a container's user may have no home
-        return None
 
 
 def _read(path: Path) -> Corpus | None:

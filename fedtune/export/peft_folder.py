@@ -1,4 +1,4 @@
-"""An adapter as a PEFT folder, with a passport that says where it comes from."""
+"""An adapter as a folder that peft loads, with a passport that says where it comes from."""
 
 from __future__ import annotations
 
@@ -61,16 +61,21 @@ def write_adapter(
     peft_config: Any,
     passport: Passport,
 ) -> None:
-    """Replace `folder` by the adapter (float32 `[manifest.size]`), so that peft loads it."""
+    """Replace `folder` by the adapter (float32 `[manifest.size]`), so that peft loads it.
+
+    `peft_config` is None for an adapter that peft does not know, such as NanoAdapters: then there
+    are the weights and the passport.
+    """
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    peft_config.base_model_name_or_path = passport.base
-    peft_config.inference_mode = True
-    if peft_config.target_modules is not None:
-        # peft keeps a set, whose order differs from process to process.
-        peft_config.target_modules = sorted(peft_config.target_modules)
-    peft_config.save_pretrained(fresh)
+    if peft_config is not None:
+        peft_config.base_model_name_or_path = passport.base
+        peft_config.inference_mode = True
+        if peft_config.target_modules is not None:
+            # peft keeps a set, whose order differs from process to process.
+            peft_config.target_modules = sorted(peft_config.target_modules)
+        peft_config.save_pretrained(fresh)
     write_atomic(fresh / WEIGHTS, save(manifest.split(adapter), metadata={"format": "pt"}))
     write_json(fresh / PASSPORT, asdict(passport))
     replace_folder(fresh, folder)

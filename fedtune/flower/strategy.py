@@ -307,7 +307,7 @@ class FederatedFineTuning(Strategy):
             loss_sum += reply.loss_sum
         if not examples:
             return None
-        classes = self._federation.config.base.task == "text-classification"
+        classes = self._federation.config.has_labels
         return Score(loss_sum / examples, correct / examples if classes else None)
 
     def _require_open(self) -> ServerRound:

@@ -9,6 +9,7 @@ from fedtune.records import ClientSummary, Summary
 
 # How the references are called where people read; the linear head is the cheapest of all models.
 REFERENCE_WORDS = {
+    "base": "base model (before any training)",
     "centralized": "centralized (all data in one place)",
     "local-only": "alone (mean over all)",
     "linear-head": "linear head (frozen base)",

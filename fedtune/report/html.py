@@ -49,9 +49,23 @@ def render_html(summary: Summary, rounds: Sequence[RoundRecord]) -> str:
             traffic_charts=charts.traffic_charts(rounds),
             comparison=comparison,
             reference_words=REFERENCE_WORDS,
+            **_cut(summary),
             failures=[(r.round, name, why) for r in rounds for name, why in r.failed.items()],
         )
     )
+
+
+def _cut(summary: Summary) -> dict[str, float]:
+    """Bytes of activations for each trained example."""
+    cut = summary.cut
+    if cut is None:
+        return {"cut_up": 0.0, "cut_down": 0.0, "cut_floor": 0.0}
+    each = max(1, cut.examples)
+    return {
+        "cut_up": cut.bytes_up / each,
+        "cut_down": cut.bytes_down / each,
+        "cut_floor": cut.floor / each,
+    }
 
 
 def _accuracy(score: Score | None) -> str:
@@ -120,6 +134,7 @@ def _environment() -> Environment:
         "loss": words.loss,
         "count": words.count,
         "duration": words.duration,
+        "size": words.size,
         "printable": words.printable,
     }
     return environment

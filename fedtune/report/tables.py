@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.records import Summary
+from fedtune.records import Cut, Summary
 from fedtune.report import words
 from fedtune.report.comparison import REFERENCE_WORDS, Pair, compare, largest
 from fedtune.report.headline import headline
@@ -60,11 +60,25 @@ def print_ending(summary: Summary, console: Console, run_folder: Path) -> None:
         parts.append(f"loss {words.loss(summary.final.loss)}")
     parts.append(words.duration(summary.seconds))
     console.print(Text(f"{summary.status}: {', '.join(parts)}", style="bold"))
+    if summary.cut is not None:
+        console.print(Text(_cut_words(summary, summary.cut)), soft_wrap=True)
     for client in summary.per_client:
         if client.rounds_failed:
             failed = f"{words.printable(client.name)} failed in {client.rounds_failed} of them"
             console.print(Text(failed, style="yellow"), soft_wrap=True)
     _print_things(console, run_folder)
+
+
+def _cut_words(summary: Summary, cut: Cut) -> str:
+    """The two kinds of traffic, side by side."""
+    each = max(1, cut.examples)
+    return (
+        f"adapters: {words.size(summary.bytes_up_per_client_round)} up and "
+        f"{words.size(summary.bytes_down_per_client_round)} down per client and round; "
+        f"activations ({cut.encoding}): {words.size(cut.bytes_up / each)} up and "
+        f"{words.size(cut.bytes_down / each)} down per trained example, at least "
+        f"{words.size(cut.floor / each)} together"
+    )
 
 
 def _print_things(console: Console, run_folder: Path) -> None:

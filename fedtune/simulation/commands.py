@@ -80,10 +80,10 @@ def simulate(request: SimulateRequest, as_json: bool) -> int:
         if request.drop and not config.secagg.enabled and request.drop_at != "train":
             raise ConfigError(f"--drop-at {request.drop_at} is a stage of secure aggregation")
         # Only now the imports that take seconds: wrong flags are told at once.
-        from fedtune.simulation.job import text_job
+        from fedtune.simulation.jobs import make_job
         from fedtune.simulation.run import Options, Simulation, check_same_job, create_run
 
-        job = text_job(config)
+        job = make_job(config)
         if run is None:
             path = request.out or free_path(RUNS, _name(request))
             run = stack.enter_context(create_run(job, path, references))

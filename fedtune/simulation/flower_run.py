@@ -24,7 +24,8 @@ from fedtune.report.progress import make_progress
 from fedtune.round.client import ClientMachine
 from fedtune.simulation.commands import SimulateRequest, resolve_config
 from fedtune.simulation.folder import check_new, free_path
-from fedtune.simulation.job import Job, text_job
+from fedtune.simulation.job import Job
+from fedtune.simulation.jobs import make_job
 from fedtune.simulation.run import Options, Simulation, create_run
 from fedtune.simulation.sites import Sites, needs_sites
 
@@ -39,7 +40,7 @@ def server_app() -> ServerApp:
         given = str(context.run_config.get("out", ""))
         out = Path(given) if given else free_path(Path("runs"), "flower")
         check_new(out)
-        job = text_job(config)
+        job = make_job(config)
         progress = make_progress()
         progress.started([f"{len(job.clients)} clients on Flower's engine"], config.rounds.count)
         with create_run(job, out, references=False) as run:
@@ -86,7 +87,7 @@ def _sites_in(path: Path, names: tuple[str, ...]) -> Sites:
 @lru_cache(maxsize=1)
 def _job(run_config: tuple[tuple[str, str], ...]) -> Job:
     """One resident base model per actor process."""
-    return text_job(_config(dict(run_config)))
+    return make_job(_config(dict(run_config)))
 
 
 def _config(run_config: Mapping[str, object]) -> Config:

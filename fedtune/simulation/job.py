@@ -30,6 +30,7 @@ from fedtune.round.client import ClientMachine
 from fedtune.round.local import record_privacy
 from fedtune.round.membership import Membership
 from fedtune.round.terms import make_quantizer, make_terms
+from fedtune.train.channel import Meter
 from fedtune.train.directions import Directions
 from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
 from fedtune.train.private import RecordPrivacy
@@ -62,6 +63,15 @@ class JobClient:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A row of the common test set that the report shows; `image` is a PNG."""
+
+    row: int
+    question: str
+    image: bytes
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that the worker processes share with their parent."""
 
@@ -78,6 +88,9 @@ class Job:
     warnings: tuple[str, ...]
     has_classifier: bool = False  # whether it is an encoder with a linear head on top
     directions: Directions | None = None  # in which forward-only training moves the adapter
+    shown: tuple[Shown, ...] = ()
+    meter: Meter | None = None  # what passes the cut, where the base model is behind one
+    cut_width: int = 0  # of an embedding there
 
     @property
     def manifest(self) -> Manifest:
@@ -202,14 +215,14 @@ def job_of_model(
         task=model.task,
         base_name=config.base.path,
         base_digest=model.base.digest,
-        adapter_words=f"LoRA r={config.adapter.rank} on {targets}{head}" + _method_words(config),
+        adapter_words=f"LoRA r={config.adapter.rank} on {targets}{head}" + method_words(config),
         clients=tuple(clients),
         test=model.prepare(test) if test else None,
         labels=labels,
         data_words=data_words,
         warnings=warnings,
         has_classifier=bool(labels),
-        directions=_directions(config, model.adapter),
+        directions=directions_for(config, model.adapter),
     )
 
 
@@ -303,7 +316,7 @@ def custom_job(
         task=task,
         base_name=type(module).__name__,
         base_digest=base_digest,
-        adapter_words=" + ".join(words) + _method_words(config),
+        adapter_words=" + ".join(words) + method_words(config),
         clients=tuple(
             JobClient(
                 name,
@@ -317,17 +330,19 @@ def custom_job(
         labels=tuple(str(label) for label in range(labels)),
         data_words=f"own data of {len(clients)} clients",
         warnings=(),
-        directions=_directions(config, attached),
+        directions=directions_for(config, attached),
     )
 
 
-def _directions(config: Config, adapter: AttachedAdapter) -> Directions | None:
+def directions_for(config: Config, adapter: AttachedAdapter) -> Directions | None:
+    """The directions of forward-only training; None with gradients."""
     if config.train.method == "backprop":
         return None
     return directions_of(config, adapter.manifest, adapter.read())
 
 
-def _method_words(config: Config) -> str:
+def method_words(config: Config) -> str:
+    """What to add to an adapter's description if it is not trained by gradients."""
     if config.train.method == "backprop":
         return ""
     return f", forward-only in {config.train.directions:,} directions"

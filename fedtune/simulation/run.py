@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import math
 import resource
@@ -26,7 +27,16 @@ from fedtune.flower.internals import quiet
 from fedtune.flower.observer import Failure, Observer
 from fedtune.flower.pool import Pool
 from fedtune.flower.strategy import FederatedFineTuning
-from fedtune.records import ClientSummary, Reference, RoundRecord, Score, Status, Summary
+from fedtune.records import (
+    ClientSummary,
+    Cut,
+    Reference,
+    RoundRecord,
+    Sample,
+    Score,
+    Status,
+    Summary,
+)
 from fedtune.report.progress import Progress
 from fedtune.round import federation as rounds
 from fedtune.round.masked import Authority
@@ -38,6 +48,7 @@ from fedtune.simulation.job import Job, JobClient
 from fedtune.simulation.references import ReferenceResult, check_references, run_references
 from fedtune.simulation.sites import Sites, needs_sites
 from fedtune.simulation.workers import COMMON_TEST, evaluate, make_pool
+from fedtune.train.activations import encoded_bytes
 from fedtune.train.trainer import Evaluation
 from fedtune.types import Float32Vector, digest_of, sha256_hex
 
@@ -143,9 +154,10 @@ class Simulation(Observer):
             parties.authority if parties and job.config.secagg.enabled else None,
         )
         # Before anything is trained: without workers it is this process's own model that is.
-        self._initial = job.initial() if options.references else None
+        self._initial = job.initial() if options.references or job.shown else None
         self._references: dict[str, ReferenceResult] = {}
         self._final: dict[int, Evaluation] = {}
+        self._before: Evaluation | None = None
         self._refused: list[str] = []
 
     def execute(self) -> Outcome:
@@ -271,7 +283,9 @@ class Simulation(Observer):
             for place, client in enumerate(job.clients):
                 if client.test is not None:
                     self._final[place] = evaluate(pool, job, adapter, place)
-        if self._initial is not None:
+        if self._initial is not None and job.shown:
+            self._before = evaluate(pool, job, self._initial)
+        if self._initial is not None and self._options.references:
             running = self._progress.references_running
             self._references = run_references(pool, job, self._initial, running)
 
@@ -334,6 +348,26 @@ class Simulation(Observer):
             evaluation=_evaluation_words(job),
             warnings=(*job.warnings, *self._refused, *failure),
             versions=_versions(),
+            samples=self._samples(),
+            cut=cut_record(job),
+        )
+
+    def _samples(self) -> tuple[Sample, ...]:
+        """What the report shows of the test set, once both models have been evaluated on it."""
+        job, after = self._job, self._final.get(COMMON_TEST)
+        if self._before is None or after is None or job.test is None:
+            return ()
+        # Evaluations are in order of length.
+        place = np.argsort(np.argsort(job.test.lengths, kind="stable"), kind="stable")
+        return tuple(
+            Sample(
+                shown.question,
+                job.labels[after.labels[place[shown.row]]],
+                job.labels[self._before.predictions[place[shown.row]]],
+                job.labels[after.predictions[place[shown.row]]],
+                base64.b64encode(shown.image).decode(),
+            )
+            for shown in job.shown
         )
 
     def _client(self, place: int, client: JobClient, records: list[RoundRecord]) -> ClientSummary:
@@ -367,6 +401,9 @@ class Simulation(Observer):
             for name, r in self._references.items()
             if not name.startswith("alone:")
         ]
+        if self._before is not None:
+            base = self._before
+            found.append(Reference("base", base.accuracy or 0.0, base.loss, 0.0, 0))
         if alone:
             accuracy = float(np.mean([_accuracy(r) for r in alone]))
             loss = float(np.mean([r.evaluation.loss for r in alone]))
@@ -402,6 +439,25 @@ class Simulation(Observer):
             epsilon_unit=_unit_words(config),
             fedtune_version=importlib.metadata.version("fedtune"),
         )
+
+
+def cut_record(job: Job) -> Cut | None:
+    """What has passed the cut, if there is one."""
+    if job.meter is None or job.config.base.placement == "client":
+        return None
+    found, split = job.meter.traffic, job.config.split
+    width = job.cut_width
+    return Cut(
+        encoding=split.activations,
+        labels_at=split.labels,
+        examples=found.trained,
+        tokens=found.tokens,
+        bytes_up=found.up,
+        bytes_down=found.down,
+        floor=2 * encoded_bytes(found.tokens, width, split.activations),
+        evaluated=found.evaluated,
+        evaluation_bytes=found.evaluation_bytes,
+    )
 
 
 def _accuracy(reference: ReferenceResult) -> float:

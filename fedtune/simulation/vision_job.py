@@ -1,0 +1,112 @@
+"""What is simulated of questions about images."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedtune.config import Config
+from fedtune.data import PartitionSpec
+from fedtune.data.easy_vqa import load_easy_vqa
+from fedtune.data.questions import FederatedQuestions, QuestionExamples
+from fedtune.errors import ConfigError
+from fedtune.simulation.job import (
+    DEFAULT_CLIENTS,
+    Job,
+    JobClient,
+    Shown,
+    check_cohort,
+    check_privacy,
+    directions_for,
+    method_words,
+)
+from fedtune.simulation.vision import VisionModel
+from fedtune.train.torch_trainer import choose_device
+
+PACKAGED_DATA = "easy-vqa"
+SHOWN = 12  # questions in the report
+_SHOWN_PIXELS = 96
+
+
+def vision_job(config: Config) -> Job:
+    """The task of the configuration over its questions; raises `UsageError`."""
+    torch.set_num_threads(1)  # a thread pool would not survive the fork; see `flower.pool`
+    if choose_device(config.train.device).type != "cpu" and config.train.device != "auto":
+        raise ConfigError("adapter.kind = nano trains on the CPU; set train.device = cpu")
+    data = load_questions(config)
+    check_cohort(config, len(data.clients))
+    model = VisionModel(config, data.answers, data.public)
+    check_privacy(config, model.adapter.manifest.size, len(data.clients))
+    clients = [
+        JobClient(
+            client.name,
+            model.prepare(client.train),
+            None,
+            np.bincount(client.train.labels, minlength=len(data.answers)),
+        )
+        for client in data.clients
+    ]
+    placement = ", the base model at the server" * (config.base.placement == "server")
+    return Job(
+        config=config,
+        adapter=model.adapter,
+        task=model.task,
+        base_name=f"{config.base.path} behind {config.base.encoder}",
+        base_digest=model.digest,
+        adapter_words=f"NanoAdapter-I and -T r={config.adapter.rank}{placement}"
+        + method_words(config),
+        clients=tuple(clients),
+        test=model.prepare(data.test),
+        labels=data.answers,
+        data_words=data.source,
+        warnings=data.warnings,
+        directions=directions_for(config, model.adapter),
+        shown=_shown(data.test),
+        meter=model.meter,
+        cut_width=model.decoder.width,
+    )
+
+
+def load_questions(config: Config) -> FederatedQuestions:
+    """The data that the configuration names; raises `DataError` or `ConfigError`."""
+    data = config.data
+    if data.source != PACKAGED_DATA:
+        raise ConfigError(
+            f"data.source = {data.source}: with base.task = visual-question-answering there is "
+            f"{PACKAGED_DATA}"
+        )
+    return load_easy_vqa(
+        partition=PartitionSpec.parse(data.partition or "iid"),
+        clients=data.clients or DEFAULT_CLIENTS,
+        seed=config.seed,
+        min_size=data.min_examples,
+    )
+
+
+def _shown(test: QuestionExamples) -> tuple[Shown, ...]:
+    """Questions about different images, each kind of answer in turn as far as there are."""
+    rng = np.random.default_rng(0)
+    rows: list[int] = []
+    seen: set[int] = set()
+    for row in rng.permutation(len(test)):
+        common = sum(test.labels[chosen] == test.labels[row] for chosen in rows)
+        if int(test.images[row]) not in seen and common < 2 and len(rows) < SHOWN:
+            rows.append(int(row))
+            seen.add(int(test.images[row]))
+    return tuple(
+        Shown(row, test.questions[row], _thumbnail(test.files[test.images[row]])) for row in rows
+    )
+
+
+def _thumbnail(file: Path) -> bytes:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        small = image.convert("RGB")
+        small.thumbnail((_SHOWN_PIXELS, _SHOWN_PIXELS))
+        data = io.BytesIO()
+        small.save(data, "PNG")
+    return data.getvalue()
