@@ -371,6 +371,39 @@ def edge_verify(
     raise typer.Exit(edge_commands.check(folder, digest, as_json))
 
 
+nano = typer.Typer(help="Models that are too big to leave the server.", no_args_is_help=True)
+app.add_typer(nano, name="nano")
+
+
+@nano.command(
+    "pretrain-connector",
+    epilog="Examples:  fedtune nano pretrain-connector -o connector.safetensors  |  "
+    "fedtune nano pretrain-connector -o connector.safetensors --data public/captions.csv",
+)
+def nano_pretrain_connector(
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new file.")] = Path(
+        "connector.safetensors"
+    ),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Public images: a file with the columns image and caption.",
+            show_default="the public part of easy-VQA",
+        ),
+    ] = None,
+    base: Annotated[str, typer.Option(help="The language model.")] = "SmolLM2-135M-Instruct",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1500,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Pretrain the connector from image features to a language model's embeddings, centrally."""
+    from fedtune.simulation.nano_commands import PretrainRequest
+    from fedtune.simulation.nano_commands import pretrain_connector as run
+
+    raise typer.Exit(run(PretrainRequest(out, base, data, steps, seed), as_json))
+
+
 audit = typer.Typer(help="Check the audit logs of a server and of sites.", no_args_is_help=True)
 app.add_typer(audit, name="audit")
 

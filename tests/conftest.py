@@ -89,6 +89,19 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> 
 
 
 @pytest.fixture(scope="session")
+def answering_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny decoder that has a token for each answer of easy-VQA."""
+    from tiny_decoder import write_tiny_decoder
+
+    from fedtune.data import PartitionSpec
+    from fedtune.data.easy_vqa import load_easy_vqa
+
+    data = load_easy_vqa(partition=PartitionSpec("iid"), clients=1, seed=0)
+    texts = [*data.clients[0].train.questions[:300], *(f" {a}" for a in data.answers * 50)]
+    return write_tiny_decoder(tmp_path_factory.mktemp("models") / "answering", texts, 600)
+
+
+@pytest.fixture(scope="session")
 def build_artifacts() -> Callable[..., Any]:
     """Build edge artifacts of a configuration; the model of which they were made."""
     from fedtune.config import parse_config

@@ -8,7 +8,7 @@ from pathlib import Path
 END = "<|end|>"
 
 
-def write_tiny_decoder(folder: Path, texts: Sequence[str]) -> Path:
+def write_tiny_decoder(folder: Path, texts: Sequence[str], vocabulary: int = 320) -> Path:
     """A Llama of 2 layers with random weights, 2 of 4 heads for keys, and tied embeddings.
 
     Its tokenizer is byte-level BPE, learned from `texts`.
@@ -23,7 +23,7 @@ def write_tiny_decoder(folder: Path, texts: Sequence[str]) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)

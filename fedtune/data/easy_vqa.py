@@ -93,15 +93,12 @@ def load_easy_vqa(
                 f"{min_size}; use a larger ALPHA in data.partition, or fewer data.clients"
             )
         members.append(QuestionClient(f"site-{number}", everything.select(rows)))
-    public = sorted(image for image in words if image < PUBLIC_IMAGES)
     total = sum(len(member.train) for member in members)
     return FederatedQuestions(
         answers,
         tuple(members),
         _test(test, code),
-        Captions(
-            tuple(train.files[image] for image in public), tuple(words[image] for image in public)
-        ),
+        _captions(train),
         tuple(_warnings(answers, members)),
         f"easy-VQA ({importlib.metadata.version('easy-vqa')}), questions about an image of a "
         f"coloured shape: {total:,} training questions for {clients} sites by {partition}, "
@@ -109,9 +106,22 @@ def load_easy_vqa(
     )
 
 
+def public_captions() -> Captions:
+    """The public images, with what is on them; raises `DataError` if the package is missing."""
+    return _captions(_read_package()[1])
+
+
 def kind_of(answer: str) -> str:
     """The kind of question that has this answer, one of `KINDS`."""
     return "yes or no" if answer in _YES_NO else _kind(answer)
+
+
+def _captions(train: _Split) -> Captions:
+    words = train.words()
+    public = sorted(image for image in words if image < PUBLIC_IMAGES)
+    return Captions(
+        tuple(train.files[image] for image in public), tuple(words[image] for image in public)
+    )
 
 
 def _kind(answer: str) -> str:

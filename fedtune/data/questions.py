@@ -63,6 +63,16 @@ class Captions:
     def __len__(self) -> int:
         return len(self.files)
 
+    def split(self, share: float, seed: int) -> tuple[Captions, Captions]:
+        """Most of them, and a random `share` apart, at least one image if there are two."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        apart = min(max(1, round(share * len(self))), len(self) - 1)
+        first, second = (
+            Captions(tuple(self.files[i] for i in rows), tuple(self.words[i] for i in rows))
+            for rows in (np.sort(order[apart:]), np.sort(order[:apart]))
+        )
+        return first, second
+
 
 @dataclass(frozen=True)
 class QuestionClient:

@@ -68,13 +68,13 @@ def read_rows(path: Path, columns: Columns) -> Rows:
                 f"{where}: {columns.text!r} is a {type(text).__name__}, not text; put it in quotes"
             )
         numbers.append(number)
-        texts.append(_usable(text, columns.text, where))
+        texts.append(usable(text, columns.text, where))
         if columns.label:
-            labels.append(_usable(_name(cells[1], columns.label, where), columns.label, where))
+            labels.append(usable(_name(cells[1], columns.label, where), columns.label, where))
         else:
             labels.append(UNLABELLED)
         if columns.client:
-            clients.append(_usable(_name(cells[-1], columns.client, where), columns.client, where))
+            clients.append(usable(_name(cells[-1], columns.client, where), columns.client, where))
     return Rows(
         path,
         tuple(numbers),
@@ -106,7 +106,8 @@ def _name(cell: object, column: str, where: str) -> str | None:
     )
 
 
-def _usable(value: str | None, column: str, where: str) -> str:
+def usable(value: str | None, column: str, where: str) -> str:
+    """`value`, or `DataError` if it is empty or has half of a character."""
     if value is None or not value.strip():
         raise DataError(f"{where}: {column!r} is empty; fill it in or remove the row")
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fedtune.adapter.nano import Nano, attach_nano
@@ -16,6 +18,7 @@ from fedtune.base.connector import (
     Connector,
     Pretraining,
     load_connector,
+    nearest_words,
     pretrain,
     save_connector,
 )
@@ -95,22 +98,43 @@ def train_connector(
     public: Captions,
     path: Path,
     settings: Pretraining = Pretraining(),  # noqa: B008  # frozen
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> str:
     """Pretrain a connector on captioned images and write it to `path`; its digest.
 
     Each word stands for itself by its first token. Raises `DataError` for one without tokens.
     """
     features = encoder.features(public.files)
-    table: nn.Embedding = base.module.get_input_embeddings()  # type: ignore[operator]
-    words = {word for row in public.words for word in row}
-    embedding = {word: table.weight[_token_of(base, word)] for word in words}
-    with torch.inference_mode():
-        targets = torch.stack(
-            [torch.stack([embedding[word] for word in row]) for row in public.words]
-        )
-    connector = pretrain(features, targets.clone().numpy(), settings)
+    embedding = _embeddings(base, {word for row in public.words for word in row})
+    targets = np.stack([[embedding[word] for word in row] for row in public.words])
+    connector = pretrain(features, targets, settings, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     return save_connector(connector, path)
+
+
+def connector_accuracy(
+    base: CausalBase, encoder: VisionEncoder, captions: Captions, path: Path
+) -> list[float]:
+    """For each place of a caption, how often the connector's token is nearest to the right word.
+
+    Of the words that stand in that place in `captions`.
+    """
+    connector, _ = load_connector(path)
+    features = torch.from_numpy(encoder.features(captions.files).astype(np.float32))
+    places = list(zip(*captions.words, strict=True))
+    choices = [sorted(set(words)) for words in places]
+    embedding = _embeddings(base, {word for words in choices for word in words})
+    tables = [torch.from_numpy(np.stack([embedding[w] for w in words])) for words in choices]
+    found = nearest_words(connector, features, tables).numpy()
+    return [
+        float(np.mean([words[int(i)] == word for i, word in zip(found[:, k], right, strict=True)]))
+        for k, (words, right) in enumerate(zip(choices, places, strict=True))
+    ]
+
+
+def _embeddings(base: CausalBase, words: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+    table: nn.Embedding = base.module.get_input_embeddings()  # type: ignore[operator]
+    return {word: table.weight[_token_of(base, word)].detach().numpy() for word in words}
 
 
 def connector_cache(base: CausalBase, encoder: VisionEncoder, public: Captions) -> Path:
