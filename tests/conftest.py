@@ -230,7 +230,7 @@ def small_federation() -> Callable[..., SmallFederation]:
                 trainer,
                 rows(n),
                 rows(tests) if tests else None,
-                make_pipeline(config.update, attached.manifest.size),
+                make_pipeline(config.update, config.values_sent(attached.manifest.size)),
             )
             for place, n in enumerate(sizes)
         ]

@@ -96,17 +96,18 @@ class AttachedAdapter:
 
     def zero_grad(self) -> None:
         """Set the gradient to zero in place: the views must stay views."""
-        self._gradient().zero_()
+        self.gradient().zero_()
 
     def read_gradient(self) -> Float32Vector:
         """A copy of the gradient, float32 `[manifest.size]`."""
-        return self._gradient().cpu().numpy().copy()
+        return self.gradient().cpu().numpy().copy()
 
     def write_gradient(self, vector: Float32Vector) -> None:
         """Set the gradient to `vector`, float32 `[manifest.size]`."""
-        self._gradient().copy_(torch.from_numpy(vector))
+        self.gradient().copy_(torch.from_numpy(vector))
 
-    def _gradient(self) -> Tensor:
+    def gradient(self) -> Tensor:
+        """The gradient itself, float32 `[manifest.size]`, where the adapter is."""
         if self.flat.grad is None:
             raise RuntimeError("the flat gradient was detached from the adapter")
         return self.flat.grad

@@ -35,7 +35,7 @@ def make_machine(files: SiteFiles) -> tuple[AuditedMachine, str]:
         training.trainer,
         training.train,
         training.test,
-        make_pipeline(config.update, training.trainer.manifest.size),
+        make_pipeline(config.update, config.values_sent(training.trainer.manifest.size)),
         membership,
     )
     log = AuditLog(files.find(site.site.audit), keys.identity)

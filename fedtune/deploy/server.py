@@ -121,7 +121,7 @@ def run_server(path: Path, progress: Progress) -> Outcome:
                 job.config.rounds.count,
             )
             # Values under masks have at most 62 bits.
-            largest = job.manifest.size * 8 + LARGEST_REST
+            largest = job.config.values_sent(job.manifest.size) * 8 + LARGEST_REST
             connections = Connections(deployment.members.transport, progress, status)
             grid = FleetGrid(link.address, link.ticket, largest, connections.looked)
             options = Options(workers=0, patience=listen.patience)
@@ -152,7 +152,8 @@ def run_server(path: Path, progress: Progress) -> Outcome:
 def _doors(deployment: Deployment, job: Job, run: Path) -> Doors:
     listen, keys = deployment.listen, deployment.find(deployment.listen.keys)
     # One adapter down for all, and at worst every client's update up at a time.
-    held = job.manifest.size * 4 * (len(deployment.members.transport) + 1)
+    sent = job.config.values_sent(job.manifest.size) * len(deployment.members.transport)
+    held = 4 * (job.manifest.size + sent)
     offered = listen.offer_base and job.config.base.digest is not None
     return Doors(
         listen.host,

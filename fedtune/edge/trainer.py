@@ -174,10 +174,10 @@ class EdgeTrainer:
         trained = adapter.copy()
         moments = self._moments.load(trained.size)
         optimizer = make_optimizer(settings.optimizer, settings.weight_decay, moments)
-        loss = None
+        loss, fisher = None, None
         texts = _texts(data)
         if settings.record_privacy is None:
-            loss = self._descend(trained, optimizer, texts, plan)
+            loss, fisher = self._descend(trained, optimizer, texts, plan)
         else:
             self._descend_privately(trained, optimizer, texts, plan, settings.record_privacy)
         if not (loss is None or math.isfinite(loss)) or not np.isfinite(trained).all():
@@ -186,7 +186,7 @@ class EdgeTrainer:
                 f"the loss or the adapter is no longer finite; lower train.lr{advice}"
             )
         self._moments.save(moments)
-        return LocalResult(trained, loss, time.perf_counter() - started)
+        return LocalResult(trained, loss, time.perf_counter() - started, fisher)
 
     def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
         """Evaluate in micro-batches of similar length."""
@@ -201,16 +201,20 @@ class EdgeTrainer:
         optimizer: Optimizer,
         data: TokenizedTexts,
         plan: LocalPlan,
-    ) -> float:
+    ) -> tuple[float, Float32Vector | None]:
         self._engine.reseed(plan.seed)
         losses = []
+        squares = np.zeros_like(trained) if plan.fisher else None
         for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
             loss, gradient = self._gradient(trained, data, rows)
+            if squares is not None:
+                squares += np.float32(len(rows)) * gradient * gradient
             if self._settings.max_grad_norm is not None:
                 gradient = clip_norm(gradient, self._settings.max_grad_norm)
             optimizer.step(trained, gradient, lr)
             losses.append(loss)
-        return float(np.mean(losses))
+        fisher = None if squares is None else squares / np.float32(len(losses))
+        return float(np.mean(losses)), fisher
 
     def _gradient(
         self, adapter: Float32Vector, data: TokenizedTexts, rows: NDArray[np.int64]
@@ -234,6 +238,8 @@ class EdgeTrainer:
         plan: LocalPlan,
         privacy: RecordPrivacy,
     ) -> None:
+        if plan.fisher:
+            raise ValueError("the Fisher information has no noise")
         if plan.batch_size is None:
             raise ValueError("record-level privacy needs the batch size of the plan")
         from fedtune.privacy.randomness import SecureRandom  # cryptography takes 8 MB

@@ -126,7 +126,7 @@ class ClientMachine:
         """In the clear: as float vector, or as the integers of a cohort of one."""
         if self._config.update.bits is None:
             return self._pipeline.encode(result.update)
-        quantizer = make_quantizer(self._config, self._local.manifest.size, 1)
+        quantizer = make_quantizer(self._config, self._local.values_sent, 1)
         examples, loss = self._local.train_examples, result.loss
         rng = self._local.rounding(round_number)
         ring = make_ring(quantizer, 1)

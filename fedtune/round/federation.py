@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedtune.aggregate import AdamRule, MomentumRule, Rule
+from fedtune.aggregate import AdamRule, FisherRule, MomentumRule, Rule
 from fedtune.config import Aggregate, Config
 from fedtune.errors import BudgetExceeded, ContextMismatch, JobError, TooFewClients
 from fedtune.privacy.accountant import Release
@@ -19,7 +19,7 @@ from fedtune.round.server import (
     draw_cohort,
     minimum_clients,
 )
-from fedtune.round.terms import client_release, make_quantizer, make_terms
+from fedtune.round.terms import client_release, fisher_scale, make_quantizer, make_terms
 from fedtune.round.updates import FloatUpdates, IntegerUpdates, Updates
 from fedtune.types import Float32Vector, Manifest, RoundContext
 from fedtune.update import make_pipeline
@@ -37,8 +37,15 @@ class Score:
     accuracy: float | None
 
 
-def make_rule(aggregate: Aggregate) -> Rule:
-    """The rule that the configuration names."""
+def make_rule(config: Config, size: int) -> Rule:
+    """The rule that the configuration names, for an adapter of `size` values."""
+    optimizer = _optimizer(config.aggregate)
+    if config.aggregate.rule == "fisher":
+        return FisherRule(optimizer, fisher_scale(config, size), config.update.clip)
+    return optimizer
+
+
+def _optimizer(aggregate: Aggregate) -> Rule:
     if aggregate.server_optimizer == "adam":
         return AdamRule(
             aggregate.server_lr,
@@ -74,7 +81,7 @@ class Federation:
         self.run_id = journal.identity()["run_id"]
         self._context = RoundContext(self.run_id, 0, base_digest, manifest.digest, config.digest)
         self._journal = journal
-        self._rule = make_rule(config.aggregate)
+        self._rule = make_rule(config, manifest.size)
         self.round, self._state = journal.last_state()
         self.members: list[Member] = []
 
@@ -144,7 +151,7 @@ class Federation:
         return opened, opened.begin(self.adapter)
 
     def _updates(self) -> Updates:
-        config, size = self.config, self.manifest.size
+        config, size = self.config, self._values_sent
         if config.update.bits is None:
             return FloatUpdates(make_pipeline(config.update, size), config.aggregate.rule)
         return IntegerUpdates(make_quantizer(config, size, 1))
@@ -161,7 +168,7 @@ class Federation:
             context,
             cohort,
             self.config,
-            self.manifest.size,
+            self._values_sent,
             sealed[0] if sealed else journal.next_attempt(number),
             authority,
             ask=lambda: journal.ask_for_values(number),
@@ -173,7 +180,7 @@ class Federation:
     def _release(self, round_number: int) -> Release | None:
         if self.config.privacy.unit != "client":
             return None
-        return client_release(self.config, self.manifest.size, round_number)
+        return client_release(self.config, self._values_sent, round_number)
 
     def _check_budget(self, round_number: int) -> None:
         release, privacy = self._release(round_number), self.config.privacy
@@ -242,6 +249,10 @@ class Federation:
         """Whether the adapter is evaluated after this round."""
         every, last = self.config.rounds.evaluate_every, self.config.rounds.count
         return round_number == last or (every > 0 and round_number % every == 0)
+
+    @property
+    def _values_sent(self) -> int:
+        return self.config.values_sent(self.manifest.size)
 
     def _minimum(self, cohort: int) -> int:
         if self._authority is not None:

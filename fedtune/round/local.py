@@ -11,7 +11,7 @@ import numpy as np
 
 from fedtune.config import Config
 from fedtune.errors import ContextMismatch, MalformedMessage, TrainingError
-from fedtune.round.terms import record_release
+from fedtune.round.terms import fisher_scale, record_release
 from fedtune.train.batches import (
     client_rng,
     dropout_seed,
@@ -22,6 +22,7 @@ from fedtune.train.batches import (
 from fedtune.train.private import RecordPrivacy
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, Trainer
 from fedtune.types import Float32Vector, RoundContext
+from fedtune.update.fisher import weigh
 
 logger = logging.getLogger(__name__)
 Encoded = TypeVar("Encoded")
@@ -37,7 +38,7 @@ def record_privacy(config: Config, examples: int) -> RecordPrivacy | None:
 
 @dataclass(frozen=True)
 class LocalUpdate:
-    """Trained minus received (float32, manifest order).
+    """Trained minus received (float32, manifest order); with rule "fisher", see `update.fisher`.
 
     Mean loss and seconds are 0 under differential privacy: a loss has no noise, and from the
     time one can tell how many examples were drawn.
@@ -76,6 +77,11 @@ class LocalWork:
     def test_examples(self) -> int:
         """Rows to evaluate on."""
         return len(self.test_data) if self.test_data is not None else 0
+
+    @property
+    def values_sent(self) -> int:
+        """Length of an update as it travels."""
+        return self.config.values_sent(self.manifest.size)
 
     @property
     def adapter_bytes(self) -> int:
@@ -118,12 +124,21 @@ class LocalWork:
         rng = client_rng(self.config.seed, round_number, self.name)
         batches = plan_batches(self.train_data.lengths, train.steps, train.batch_size, rng)
         plan = LocalPlan(
-            batches, (lr for _ in range(train.steps)), dropout_seed(rng), train.batch_size
+            batches,
+            (lr for _ in range(train.steps)),
+            dropout_seed(rng),
+            train.batch_size,
+            fisher=self.config.aggregate.rule == "fisher",
         )
         result = self._trainer.train(adapter, self.train_data, plan)
         update = result.adapter - adapter
         if not np.isfinite(update).all():
             raise TrainingError("training gave values that are not finite; lower train.lr")
+        if plan.fisher:
+            if result.fisher is None:
+                raise TrainingError("the trainer gives no Fisher information")
+            scale = fisher_scale(self.config, self.manifest.size)
+            update = weigh(update, result.fisher, self.config.aggregate.fisher_damping, scale)
         if self.config.privacy.unit != "none":
             return LocalUpdate(update, 0.0, 0.0)
         return LocalUpdate(update, result.loss or 0.0, result.seconds)
@@ -152,7 +167,7 @@ class LocalWork:
                 self.name,
                 round_number,
             )
-        return encode(LocalUpdate(np.zeros(self.manifest.size, np.float32), 0.0, 0.0))
+        return encode(LocalUpdate(np.zeros(self.values_sent, np.float32), 0.0, 0.0))
 
     def rounding(self, round_number: int) -> np.random.Generator:
         """Decides in which direction this round's values are rounded; not secret."""

@@ -55,8 +55,9 @@ class Authority:
 class MaskedRound:
     """See `server.ServerRound`.
 
-    `ask` makes durable that clients are going to be asked for values, `seal` what it takes to
-    open the sum. In a round that is `repeated`, clients may have sent values before.
+    `size` is how many values a client sends. `ask` makes durable that clients are going to be asked
+    for them, `seal` what it takes to open the sum. In a round that is `repeated`, clients
+    may have sent values before.
     """
 
     context: RoundContext

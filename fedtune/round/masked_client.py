@@ -70,7 +70,7 @@ class MaskedClient:
         accepted = saved.state.accept(delivery, self._terms)
         charge = site.charge(local, saved.run_id, saved.round)
         cohort = len(accepted.adverts)
-        quantizer = make_quantizer(local.config, local.manifest.size, cohort, self._terms)
+        quantizer = make_quantizer(local.config, local.values_sent, cohort, self._terms)
         values, seconds = self._work(quantizer, local.read_adapter(adapter), saved.round)
         ring = make_ring(quantizer, cohort)
         masked, update = accepted.mask(values, ring, site.identity, self._terms)

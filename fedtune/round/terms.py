@@ -56,6 +56,18 @@ def make_quantizer(config: Config, size: int, cohort: int, terms: Terms | None =
     )
 
 
+def fisher_scale(config: Config, size: int) -> float:
+    """Rule "fisher": the factor of the weights that travel behind an update of `size` values.
+
+    They share the clip, and so the integers, with the values that they weigh. Of an update that is
+    as long as the clip a value is about `clip` / √`size`. Times that, weights of mean square 1 are
+    as long as the update, and rounding does the same harm to both: the quotient q = s·a/b of two
+    sums is changed by s/b if a is a unit off, and by q/b if b is. Without a clip it does not
+    matter: a float's error goes with its size.
+    """
+    return 1.0 if config.update.clip is None else config.update.clip / math.sqrt(size)
+
+
 def make_ring(quantizer: Quantizer, clients: int) -> Ring:
     """The smallest ring in which the sum of `clients` vectors cannot wrap."""
     return Ring(quantizer.ring_bits(clients))

@@ -135,7 +135,7 @@ class Job:
             self.trainer_of(place),
             client.train,
             client.test,
-            make_pipeline(self.config.update, self.manifest.size),
+            make_pipeline(self.config.update, self.config.values_sent(self.manifest.size)),
             membership,
         )
 

@@ -82,7 +82,7 @@ def create_run(job: Job, path: Path, references: bool) -> RunFolder:
     """The folder of a new run of `job`."""
     check_references(job.config, references)
     initial = job.initial()
-    rule_state = rounds.make_rule(job.config.aggregate).init(len(initial))
+    rule_state = rounds.make_rule(job.config, len(initial)).init(len(initial))
     identity = {
         "run_id": secrets.token_hex(16),
         "references": "yes" if references else "no",

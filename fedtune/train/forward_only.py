@@ -55,7 +55,7 @@ class ForwardOnlyTrainer:
         """Train from these coordinates by SGD; raises `TrainingError` if a loss is not finite.
 
         Each step descends along one direction, drawn by the plan's seed; `loss` is the mean of all
-        passes.
+        passes. There is no gradient, so no Fisher information either.
         """
         started = time.perf_counter()
         directions, away = self._directions, self._perturbation

@@ -87,9 +87,9 @@ class TorchTrainer:
         attached.write(adapter)
         attached.train_mode()
         optimizer = _optimizer(attached.flat, self._settings)
-        loss = None
+        loss, fisher = None, None
         if privacy is None:
-            loss = self._descend(optimizer, data, plan)
+            loss, fisher = self._descend(optimizer, data, plan)
         else:
             self._descend_privately(optimizer, data, plan, privacy)
         trained = attached.read()
@@ -98,20 +98,27 @@ class TorchTrainer:
             raise TrainingError(
                 f"the loss or the adapter is no longer finite; lower train.lr{advice}"
             )
-        return LocalResult(trained, loss, time.perf_counter() - started)
+        return LocalResult(trained, loss, time.perf_counter() - started, fisher)
 
-    def _descend(self, optimizer: torch.optim.Optimizer, data: Dataset, plan: LocalPlan) -> float:
+    def _descend(
+        self, optimizer: torch.optim.Optimizer, data: Dataset, plan: LocalPlan
+    ) -> tuple[float, Float32Vector | None]:
         torch.manual_seed(plan.seed)
         losses = []
+        squares = torch.zeros_like(self._adapter.gradient()) if plan.fisher else None
         for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
             loss = self._loss(data, rows)
             self._adapter.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            if squares is not None:
+                gradient = self._adapter.gradient()
+                squares.addcmul_(gradient, gradient, value=len(rows))
             if self._settings.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self._adapter.flat, self._settings.max_grad_norm)
             _step(optimizer, lr)
             losses.append(loss.detach())
-        return float(torch.stack(losses).double().mean())
+        fisher = None if squares is None else (squares / len(losses)).cpu().numpy()
+        return float(torch.stack(losses).double().mean()), fisher
 
     def _descend_privately(
         self,
@@ -120,6 +127,8 @@ class TorchTrainer:
         plan: LocalPlan,
         privacy: RecordPrivacy,
     ) -> None:
+        if plan.fisher:
+            raise ValueError("the Fisher information has no noise")
         if plan.batch_size is None:
             raise ValueError("record-level privacy needs the batch size of the plan")
         random = SecureRandom()

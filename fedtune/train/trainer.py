@@ -19,13 +19,15 @@ class LocalPlan:
     `batches` yields row indices of one optimizer step each; a generator, so that a plan of
     many steps takes no memory. `learning_rates` has one value per step. `seed` drives dropout.
     With record-level privacy the client draws its own batches, of `batch_size` examples on
-    average, and `batches` and `seed` are not used.
+    average, and `batches` and `seed` are not used. `fisher` asks for `LocalResult.fisher`, which
+    is not to be had with it.
     """
 
     batches: Iterator[NDArray[np.int64]]
     learning_rates: Iterator[float]
     seed: int
     batch_size: int | None = None
+    fisher: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,20 @@ class LocalResult:
 
     `loss` is None with record-level privacy: it comes from the examples without noise, so
     there is none that may leave the client.
+
+    `fisher`, if the plan asks for it, is about the diagonal of the empirical Fisher information
+    (float32, manifest order): the mean over the steps of B·g², where g is the gradient of a
+    batch's mean loss, before it is clipped, and B its number of examples. With B = 1 that is the
+    mean of squared gradients of single examples, which defines it. With more, B·g² is on average
+    their mean plus (B - 1) times the square of the mean gradient, which vanishes where training
+    has converged; in return it costs no pass of its own. And it is taken along the way that
+    training went, not at its end.
     """
 
     adapter: Float32Vector = field(repr=False)
     loss: float | None
     seconds: float
+    fisher: Float32Vector | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -303,6 +303,7 @@ _COMPANIONS = {
     "train.method": _FORWARD_ONLY[1:],
     "train.directions": _FORWARD_ONLY,
     "train.perturbation": _FORWARD_ONLY,
+    "aggregate.fisher-damping": ['aggregate.rule="fisher"'],
     "update.clip": ["update.bits=10"],
     "update.bits": ["update.clip=1.0"],
     "secagg.enabled": ["update.bits=11", "update.clip=1.0"],

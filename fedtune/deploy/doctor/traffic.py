@@ -46,14 +46,13 @@ def predict_traffic(config: Config, size: int, name: str, names: Sequence[str]) 
     All that are asked answer. A round in which the server asks for scores takes another adapter
     down.
     """
-    size = config.values_sent(size)
     if config.secagg.enabled:
         return _masked(config, size, name, sorted(names))
-    adapter = bytes(4 * size)
+    adapter, sent = bytes(4 * config.values_trained(size)), config.values_sent(size)
     if config.update.bits is None:
-        update = bytes(make_pipeline(config.update, size).encoded_bytes)
+        update = bytes(make_pipeline(config.update, sent).encoded_bytes)
     else:
-        quantizer = make_quantizer(config, size, 1)
+        quantizer = make_quantizer(config, sent, 1)
         update = bytes(make_ring(quantizer, 1).packed_bytes(quantizer.slots))
     reply = codec.TrainReply(_CONTEXT, update, 1000, 1.0, 1.0)
     request = codec.TrainRequest(_CONTEXT, adapter)
@@ -91,7 +90,7 @@ def _masked(config: Config, size: int, name: str, names: Sequence[str]) -> Traff
         Kind.INVITE: aggregation.encode_invite(session),
         Kind.COHORT: aggregation.encode_cohort(adverts),
         Kind.TRAIN_REQUEST: aggregation.encode_train_request(
-            bytes(4 * size), Delivery(places, sealed)
+            bytes(4 * config.values_trained(size)), Delivery(places, sealed)
         ),
         Kind.SURVIVORS: aggregation.encode_survivors(Survivors(places, signatures)),
         Kind.UNMASKING: aggregation.encode_unmasking(Unmasking(places, signatures)),

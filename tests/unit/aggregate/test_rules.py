@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedtune.aggregate import AdamRule, MomentumRule, Rule
-from fedtune.config import Aggregate
+from fedtune.config import Aggregate, Config
 from fedtune.round.federation import make_rule
 
 RNG = np.random.default_rng(8)
@@ -111,7 +111,7 @@ def test_apply_leaves_its_arguments_as_they_were(rule):
 
 def test_the_configuration_names_the_rule():
     sgd = Aggregate(server_lr=0.5, server_momentum=0.25)
-    assert make_rule(sgd) == MomentumRule(lr=0.5, momentum=0.25)
+    assert make_rule(Config(aggregate=sgd), 40) == MomentumRule(lr=0.5, momentum=0.25)
     adam = Aggregate(
         server_optimizer="adam",
         server_lr=0.5,
@@ -119,4 +119,6 @@ def test_the_configuration_names_the_rule():
         server_beta2=0.75,
         server_epsilon=0.125,
     )
-    assert make_rule(adam) == AdamRule(lr=0.5, beta1=0.25, beta2=0.75, tau=0.125)
+    assert make_rule(Config(aggregate=adam), 40) == AdamRule(
+        lr=0.5, beta1=0.25, beta2=0.75, tau=0.125
+    )

@@ -108,7 +108,9 @@ class MaskedFederation:
                 self.small.trainer,
                 machine._local.train_data,
                 machine._local.test_data,
-                make_pipeline(self.config.update, self.small.attached.manifest.size),
+                make_pipeline(
+                    self.config.update, self.config.values_sent(self.small.attached.manifest.size)
+                ),
                 self.membership(machine.name) if self._with_membership else None,
             )
             for machine in self.small.machines
