@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from safetensors import SafetensorError
@@ -60,11 +62,12 @@ def write_adapter(
     adapter: Float32Vector,
     peft_config: Any,
     passport: Passport,
+    beside: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """Replace `folder` by the adapter (float32 `[manifest.size]`), so that peft loads it.
 
     `peft_config` is None for an adapter that peft does not know, such as NanoAdapters: then there
-    are the weights and the passport.
+    are the weights and the passport. Files `beside` are copied into the folder under their names.
     """
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -78,6 +81,8 @@ def write_adapter(
         peft_config.save_pretrained(fresh)
     write_atomic(fresh / WEIGHTS, save(manifest.split(adapter), metadata={"format": "pt"}))
     write_json(fresh / PASSPORT, asdict(passport))
+    for name, file in beside.items():
+        write_atomic(fresh / name, file.read_bytes())
     replace_folder(fresh, folder)
 
 

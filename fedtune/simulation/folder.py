@@ -21,6 +21,7 @@ JOURNAL = "journal.db"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
+CONNECTOR = "connector.safetensors"  # in the adapter's folder, for a model of images
 ADAPTER = "adapter"
 TENSORBOARD = "tensorboard"
 SITES = "sites.db"

@@ -89,6 +89,7 @@ class Job:
     has_classifier: bool = False  # whether it is an encoder with a linear head on top
     directions: Directions | None = None  # in which forward-only training moves the adapter
     shown: tuple[Shown, ...] = ()
+    connector: Path | None = None  # a file that belongs to the adapter
     meter: Meter | None = None  # what passes the cut, where the base model is behind one
     cut_width: int = 0  # of an embedding there
 

@@ -7,23 +7,28 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import load_config
+from fedtune.config import Config, load_config
 from fedtune.data.labelled import load_examples
 from fedtune.errors import BaseModelError, ConfigError, RunFolderError
 from fedtune.export.merged import CLASSIFIER, export_merged
 from fedtune.export.peft_folder import Passport, read_adapter, write_adapter
-from fedtune.simulation.folder import ADAPTER, CONFIG
+from fedtune.simulation.folder import ADAPTER, CONFIG, CONNECTOR
 from fedtune.simulation.job import TextModel
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
+from fedtune.train.trainer import Evaluation
 
 
 def evaluate(path: Path, data: Path, text_column: str, label_column: str, as_json: bool) -> int:
     """Evaluate the adapter of a run on the rows of a file; returns the exit code."""
-    passport, model = _load_model(path)
-    column = label_column if passport.labels else None
-    examples = load_examples(data, passport.labels, text_column, column)
-    trainer = TorchTrainer(model.adapter, model.task, model.base.digest, TorchSettings())
-    found = trainer.evaluate(model.adapter.read(), model.prepare(examples))
+    passport, config = Passport.read(path / ADAPTER), load_config(path / CONFIG)
+    if config.base.task == "visual-question-answering":
+        found = _evaluate_questions(path, passport, config, data)
+    else:
+        text = _load_model(path, passport, config)
+        column = label_column if passport.labels else None
+        examples = load_examples(data, passport.labels, text_column, column)
+        trainer = TorchTrainer(text.adapter, text.task, text.base.digest, TorchSettings())
+        found = trainer.evaluate(text.adapter.read(), text.prepare(examples))
     result: dict[str, Any] = {
         "run": str(path),
         "data": str(data),
@@ -49,7 +54,13 @@ def export(path: Path, out: Path, kind: str) -> int:
         raise ConfigError(f"--format {kind}: there is merged and adapter")
     if out.exists():
         raise RunFolderError(f"{out} exists already; choose another --out")
-    passport, model = _load_model(path)
+    passport, config = Passport.read(path / ADAPTER), load_config(path / CONFIG)
+    if config.adapter.kind == "nano":
+        raise ConfigError(
+            f"{path}: NanoAdapters are beside the base model, and are neither merged nor peft's; "
+            f"{path / ADAPTER} has their weights and the connector"
+        )
+    model = _load_model(path, passport, config)
     if kind == "merged":
         export_merged(model.adapter, model.base.tokenizer, passport, out)
         found = f"AutoModel.from_pretrained; head in {CLASSIFIER}"
@@ -64,15 +75,29 @@ def export(path: Path, out: Path, kind: str) -> int:
     return 0
 
 
-def _load_model(path: Path) -> tuple[Passport, TextModel]:
+def _load_model(path: Path, passport: Passport, config: Config) -> TextModel:
     """The model of a run with its adapter loaded; raises `UsageError`."""
-    passport = Passport.read(path / ADAPTER)
-    config = load_config(path / CONFIG)
     model = TextModel(config, len(passport.labels))
-    if model.base.digest != passport.base_digest:
+    _check_base(path, passport, config, model.base.digest)
+    model.adapter.write(read_adapter(path / ADAPTER, model.adapter.manifest))
+    return model
+
+
+def _evaluate_questions(path: Path, passport: Passport, config: Config, data: Path) -> Evaluation:
+    from fedtune.data.question_files import read_questions
+    from fedtune.simulation.vision import VisionModel
+
+    own = config.base.model_copy(update={"connector": str(path / ADAPTER / CONNECTOR)})
+    model = VisionModel(config.model_copy(update={"base": own}), passport.labels)
+    _check_base(path, passport, config, model.digest)
+    adapter = read_adapter(path / ADAPTER, model.adapter.manifest)
+    trainer = TorchTrainer(model.adapter, model.task, model.digest, TorchSettings())
+    return trainer.evaluate(adapter, model.prepare(read_questions(data, passport.labels)))
+
+
+def _check_base(path: Path, passport: Passport, config: Config, digest: str) -> None:
+    if digest != passport.base_digest:
         raise BaseModelError(
             f"base model {config.base.path} is not the one that {path} was trained on "
-            f"(digest {model.base.digest[:12]}, trained on {passport.base_digest[:12]})"
+            f"(digest {digest[:12]}, trained on {passport.base_digest[:12]})"
         )
-    model.adapter.write(read_adapter(path / ADAPTER, model.adapter.manifest))
-    return passport, model

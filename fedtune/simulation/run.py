@@ -43,7 +43,7 @@ from fedtune.round.masked import Authority
 from fedtune.round.server import GlobalState
 from fedtune.simulation import folder as names
 from fedtune.simulation.dropout import Dropout
-from fedtune.simulation.folder import RunFolder
+from fedtune.simulation.folder import CONNECTOR, RunFolder
 from fedtune.simulation.job import Job, JobClient
 from fedtune.simulation.references import ReferenceResult, check_references, run_references
 from fedtune.simulation.sites import Sites, needs_sites
@@ -300,7 +300,8 @@ class Simulation(Observer):
         peft_config, manifest = job.adapter.peft_config, job.adapter.manifest
         adapter = job.adapter_at(state.adapter)
         passport = self._passport(number, adapter)
-        write_adapter(path / names.ADAPTER, manifest, adapter, peft_config, passport)
+        beside = {CONNECTOR: job.connector} if job.connector else {}
+        write_adapter(path / names.ADAPTER, manifest, adapter, peft_config, passport, beside)
         write_json(path / names.SUMMARY, summary.to_json())
         write_atomic(path / names.REPORT, render_html(summary, records).encode())
         write_events(path / names.TENSORBOARD, records)

@@ -15,14 +15,13 @@ from fedtune.base.answering import AnsweringDecoder
 from fedtune.base.causal import CausalBase
 from fedtune.base.connector import (
     SUFFIX,
-    Connector,
     Pretraining,
     load_connector,
     nearest_words,
     pretrain,
     save_connector,
 )
-from fedtune.base.vision import VisionEncoder
+from fedtune.base.vision import Features, VisionEncoder
 from fedtune.cache import cache_folder
 from fedtune.config import Config
 from fedtune.data.questions import Captions, QuestionExamples
@@ -48,9 +47,13 @@ class VisionModel:
         self.base = CausalBase(config.base.path, config.base.digest)
         self.encoder = VisionEncoder(config.base.encoder)
         self.decoder = AnsweringDecoder(self.base, answers)
-        self.connector, self.connector_digest = self._connector(config, public)
+        self.connector_path = self._connector(config, public)
+        self.connector, self.connector_digest = load_connector(
+            self.connector_path, config.base.connector_digest
+        )
         table: nn.Embedding = self.base.module.get_input_embeddings()  # type: ignore[operator]
         self.adapter = attach_nano(self.connector, table, Nano(config.adapter.rank), config.seed)
+        self._features: dict[tuple[Path, ...], Features] = {}
         self.meter = Meter()
         behind: Behind = WholeModel(self.decoder)
         if config.base.placement == "server":
@@ -74,22 +77,23 @@ class VisionModel:
 
     def prepare(self, examples: QuestionExamples) -> EncodedQuestions:
         """The questions as the trainer takes them; raises `DataError`."""
-        features = self.encoder.features(examples.files)
+        # Clients of one data set share the array, and with it the memory of forked workers.
+        if examples.files not in self._features:
+            self._features[examples.files] = self.encoder.features(examples.files)
+        features = self._features[examples.files]
         return encode_questions(self.base.tokenizer, examples, features, self.max_length)
 
-    def _connector(self, config: Config, public: Captions | None) -> tuple[Connector, str]:
+    def _connector(self, config: Config, public: Captions | None) -> Path:
         if config.base.connector is not None:
-            return load_connector(
-                Path(config.base.connector).expanduser(), config.base.connector_digest
-            )
-        if public is None:
+            return Path(config.base.connector).expanduser()
+        if not public:
             raise ConfigError(
                 "base.connector is missing; make one with: fedtune nano pretrain-connector"
             )
         path = connector_cache(self.base, self.encoder, public)
         if not path.exists():
             train_connector(self.base, self.encoder, public, path)
-        return load_connector(path, config.base.connector_digest)
+        return path
 
 
 def train_connector(

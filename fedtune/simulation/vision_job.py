@@ -11,6 +11,7 @@ import torch
 from fedtune.config import Config
 from fedtune.data import PartitionSpec
 from fedtune.data.easy_vqa import load_easy_vqa
+from fedtune.data.question_folder import load_question_folder
 from fedtune.data.questions import FederatedQuestions, QuestionExamples
 from fedtune.errors import ConfigError
 from fedtune.simulation.job import (
@@ -65,6 +66,7 @@ def vision_job(config: Config) -> Job:
         warnings=data.warnings,
         directions=directions_for(config, model.adapter),
         shown=_shown(data.test),
+        connector=model.connector_path,
         meter=model.meter,
         cut_width=model.decoder.width,
     )
@@ -74,10 +76,19 @@ def load_questions(config: Config) -> FederatedQuestions:
     """The data that the configuration names; raises `DataError` or `ConfigError`."""
     data = config.data
     if data.source != PACKAGED_DATA:
-        raise ConfigError(
-            f"data.source = {data.source}: with base.task = visual-question-answering there is "
-            f"{PACKAGED_DATA}"
-        )
+        if data.partition is not None:
+            raise ConfigError(
+                "data.partition: a folder of clients is divided already; leave it out"
+            )
+        found = load_question_folder(Path(data.source).expanduser(), data.labels, data.min_examples)
+        if data.clients not in (None, len(found.clients)):
+            raise ConfigError(
+                f"data.clients = {data.clients}, but {data.source} has {len(found.clients)} "
+                "client folders; leave it out or correct it"
+            )
+        return found
+    if data.labels:
+        raise ConfigError("data.labels: easy-vqa has its own answers; leave it out")
     return load_easy_vqa(
         partition=PartitionSpec.parse(data.partition or "iid"),
         clients=data.clients or DEFAULT_CLIENTS,
