@@ -25,6 +25,8 @@
     ├── AuditWriteError       an entry cannot be written; whoever writes the log stops
     └── JobError              the job itself failed: exit code 1
         ├── TrainingError     local training went wrong at one client (not finite, a crash)
+        │   ├── BaseUnreachable  no answer of the base model's server in time; later maybe
+        │   └── BaseRefused      it and this client do not accept each other; later neither
         ├── ClientFailure     one client's round failed; the round goes on without it
         ├── TooFewClients     fewer clients than `rounds.min-clients` are left
         ├── UnmaskingFailed   the shares that were revealed do not give the masks back
@@ -131,6 +133,14 @@ class JobError(FedtuneError):
 
 class TrainingError(JobError):
     """Local training went wrong at one client."""
+
+
+class BaseUnreachable(TrainingError):
+    """The server of the base model gave no answer in all the time that a client has for it."""
+
+
+class BaseRefused(TrainingError):
+    """A client and the server of its base model do not accept each other, or what is asked."""
 
 
 class ClientFailure(JobError):

@@ -16,7 +16,7 @@ PROTO = ROOT / "proto"
 
 
 def generate(output: Path) -> None:
-    """Write `messages_pb2.py` and its type stub into `output`."""
+    """Write the module of each file in `proto/`, and its type stub, into `output`."""
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         status = protoc.main(
@@ -25,12 +25,12 @@ def generate(output: Path) -> None:
                 f"--proto_path={PROTO}",
                 f"--python_out={folder}",
                 f"--pyi_out={folder}",
-                str(PROTO / "fedtune" / "v1" / "messages.proto"),
+                *map(str, sorted(PROTO.glob("fedtune/v1/*.proto"))),
             ]
         )
         if status != 0:
             raise SystemExit("protoc failed; its message is above")
-        for path in Path(folder).rglob("messages_pb2.py*"):
+        for path in Path(folder).rglob("*_pb2.py*"):
             (output / path.name).write_bytes(path.read_bytes())
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune.base.causal import CausalBase
@@ -30,7 +32,7 @@ class AnsweringDecoder:
                 f"base model {base.name}: not a decoder with `model` and `lm_head`, as Llama's"
             )
         self.base, self.answers = base, tuple(answers)
-        self.tokens = _first_tokens(base.tokenizer, self.answers)
+        self.tokens = first_tokens(base.tokenizer, self.answers)
         self._decoder: nn.Module = module.model
         with torch.inference_mode():
             head: Tensor = module.lm_head.weight[torch.from_numpy(self.tokens)]
@@ -40,6 +42,11 @@ class AnsweringDecoder:
     def width(self) -> int:
         """Length of an embedding."""
         return self._head.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder is."""
+        return self._head.device
 
     def scores(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
         """Logits of the answers, float32 `[n, answers]`.
@@ -61,9 +68,8 @@ class AnsweringDecoder:
         self._head = self._head.to(device)
 
 
-def _first_tokens(tokenizer: Any, answers: Sequence[str]) -> Any:
-    import numpy as np
-
+def first_tokens(tokenizer: Any, answers: Sequence[str]) -> NDArray[np.int64]:
+    """The token that each answer begins with, int64 `[answers]`; raises `DataError` for a twin."""
     rows = [tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] for answer in answers]
     first = [row[0] if row else None for row in rows]
     for place, token in enumerate(first):

@@ -24,9 +24,9 @@ from fedtune.flower.network import (
     NOT_LET_IN,
     PATIENCE_SECONDS,
     SignedTime,
-    tls_context,
     translated,
 )
+from fedtune.tls import tls_context
 
 PREFIX = "/v1/base/"  # at the server, followed by the digest, and by a file's name
 LARGEST_LIST = 1 << 20  # bytes

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import email.utils
-import ssl
 from base64 import b64encode
 from collections.abc import Generator
 from contextlib import suppress
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedtune.errors import FedtuneError, ServerRefused, ServerUnreachable
 from fedtune.flower import internals
 from fedtune.flower.pieces import NotThereYet, Tell, parts_of, send_objects, whole
+from fedtune.tls import tls_context
 
 from flwr.app import Message  # isort: skip
 from flwr.common.constant import TIMESTAMP_HEADER  # isort: skip
@@ -93,17 +93,6 @@ class SignedTime(httpx.Auth):
         differs = abs(found - self.offset) > datetime.timedelta(seconds=30)
         self.offset = found
         return differs
-
-
-def tls_context(authority: bytes) -> ssl.SSLContext:
-    """TLS 1.3 with a server that the PEM certificate `authority` vouches for, and no other.
-
-    Raises `ssl.SSLError` or `ValueError` if `authority` is no certificate.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(cadata=authority.decode("ascii"))
-    return context
 
 
 class NodeConnection:

@@ -26,7 +26,7 @@ from fedtune.cache import cache_folder
 from fedtune.config import Config
 from fedtune.data.questions import Captions, QuestionExamples
 from fedtune.errors import BaseModelError, ConfigError, DataError
-from fedtune.train.channel import Channel, Meter
+from fedtune.train.channel import Channel, InProcessCarrier, Meter
 from fedtune.train.cut import AcrossCut, Behind, InProcessBase, WholeModel
 from fedtune.train.questions import EncodedQuestions, QuestionAnswering, encode_questions
 from fedtune.types import digest_of
@@ -58,8 +58,9 @@ class VisionModel:
         behind: Behind = WholeModel(self.decoder)
         if config.base.placement == "server":
             # The same arithmetic as over a network, but for the network.
-            remote = Channel(InProcessBase(self.decoder), config.split.activations, self.meter)
-            behind = AcrossCut(remote, config.split.labels)
+            encoding = config.split.activations
+            carrier = InProcessCarrier(InProcessBase(self.decoder), self.decoder.width, encoding)
+            behind = AcrossCut(Channel(carrier, encoding, self.meter), config.split.labels)
         self.task = QuestionAnswering(int(self.base.tokenizer.pad_token_id or 0), behind)
         self.max_length = min(config.base.max_length, self.base.max_tokens - self.connector.tokens)
 

@@ -50,7 +50,7 @@ class RemoteBase(Protocol):
         """The gradient by `embeddings` of what `upstream` says of the logits.
 
         `upstream` takes the logits and gives the loss's gradient by them, both `[n, answers]`: the
-        answers stay with who asks.
+        answers stay with who asks. Where the other side has to be asked again it is called again.
         """
 
 

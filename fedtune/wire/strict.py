@@ -48,8 +48,15 @@ def _check(message: Message, name: str) -> None:
     # A field that this kind does not know means that the payload is not what it is taken for.
     if len(UnknownFieldSet(message)):
         raise MalformedMessage(f"{name} has fields that wire version {WIRE_VERSION} lacks")
+    # An `optional` field is the only one of a oneof of its own, whose name begins so.
+    choices = [one for one in message.DESCRIPTOR.oneofs if not one.name.startswith("_")]
+    for choice in choices:
+        if message.WhichOneof(choice.name) is None:
+            raise MalformedMessage(f"{name} has none of {', '.join(f.name for f in choice.fields)}")
     for field in message.DESCRIPTOR.fields:
         if not field.is_repeated and not message.HasField(field.name):
+            if field.containing_oneof in choices:
+                continue
             raise MalformedMessage(f"{name} has no {field.name}")
         if field.type == field.TYPE_MESSAGE:
             value = getattr(message, field.name)

@@ -19,7 +19,8 @@ def test_generated_code_is_in_sync_with_the_proto(root: Path, tmp_path: Path):
     generate = runpy.run_path(str(root / "scripts" / "generate_wire.py"))["generate"]
     generate(tmp_path)
     fresh = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert set(fresh) == {"messages_pb2.py", "messages_pb2.pyi"}
+    names = {path.stem for path in (root / "proto").rglob("*.proto")}
+    assert set(fresh) == {f"{name}_pb2{end}" for name in names for end in (".py", ".pyi")}
     for name, text in fresh.items():
         assert (root / "fedtune" / "wire" / "v1" / name).read_text() == text, name
 

@@ -148,7 +148,7 @@ def _connect(address: Address) -> Verdict[Address]:
 
 
 def _greet(address: Address, authority: bytes) -> Verdict[Greeting]:
-    from fedtune.flower.network import tls_context
+    from fedtune.tls import tls_context
 
     try:
         context = tls_context(authority)

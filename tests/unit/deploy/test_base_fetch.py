@@ -42,7 +42,8 @@ from fedtune.deploy.keys import (
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.superlink import Doors, SuperLinkProcess
 from fedtune.errors import BaseModelError, ServerRefused
-from fedtune.flower.network import HEARTBEAT_SECONDS, SignedTime, tls_context
+from fedtune.flower.network import HEARTBEAT_SECONDS, SignedTime
+from fedtune.tls import tls_context
 
 WEIGHTS = bytes(range(256)) * 12_000  # 3 MB
 

@@ -1,0 +1,245 @@
+"""One client's stream, at the server: who it is, what it asks, what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+
+import grpc
+import numpy as np
+from grpc.aio import EOF, ServicerContext
+
+from fedtune.errors import BadSignature, ContextMismatch, MalformedMessage
+from fedtune.secagg.keys import Roster
+from fedtune.split.batcher import Batcher
+from fedtune.split.compute import Result, Work
+from fedtune.split.counters import Counters
+from fedtune.split.introduction import check_introduction, new_challenge
+from fedtune.split.limits import Limits
+from fedtune.split.waiting import NotAnswered
+from fedtune.train.activations import Encoding, decode, encode
+from fedtune.train.channel import LABEL_BYTES, CutTraffic
+from fedtune.wire.split import (
+    Answer,
+    Description,
+    FromClient,
+    FromServer,
+    Introduction,
+    Kind,
+    Reason,
+    Refusal,
+    Request,
+    Upstream,
+    Welcome,
+    decode_from_client,
+    encode_from_server,
+)
+
+logger = logging.getLogger(__name__)
+Context = ServicerContext[bytes, bytes]
+Code = grpc.StatusCode
+_ids = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the streams of a server have in common."""
+
+    description: Description
+    roster: Roster
+    limits: Limits
+    batcher: Batcher
+    counters: Counters
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What a request has carried up to now."""
+
+    kind: Kind
+    lengths: np.ndarray[Any, np.dtype[np.int64]]
+    up: int
+    down: int = 0
+
+
+class Session:
+    """All of it happens on the server's event loop."""
+
+    def __init__(self, host: Host, context: Context) -> None:
+        self._host, self._context = host, context
+        self._id = next(_ids)
+        self._last = 0
+        self._answering: set[asyncio.Task[None]] = set()
+        self._opened: dict[int, _Passed] = {}  # requests whose second step is awaited
+        self._writing = asyncio.Lock()
+        self._ending: asyncio.Future[tuple[Code, str]] = asyncio.get_running_loop().create_future()
+        self.name = ""
+
+    @property
+    def pending(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._answering)
+
+    def end(self, code: Code, words: str) -> None:
+        """End the stream; `words` say to the client why."""
+        if not self._ending.done():
+            self._ending.set_result((code, words))
+
+    async def introduced(self) -> str:
+        """The name of the client, which has proven it; ends the stream otherwise."""
+        challenge, host = new_challenge(), self._host
+        await self._write(challenge)
+        said = await self._hear(host.limits.handshake)
+        if not isinstance(said, Introduction):
+            await self._abort(Code.INVALID_ARGUMENT, "an introduction comes first")
+        try:
+            check_introduction(said, challenge, host.roster, host.description.terms)
+        except BadSignature as error:
+            await self._abort(Code.UNAUTHENTICATED, str(error))
+        except ContextMismatch as error:
+            await self._abort(Code.FAILED_PRECONDITION, str(error))
+        self.name = said.name
+        return said.name
+
+    async def serve(self, stopping: asyncio.Event) -> None:
+        """Answer what the client asks, until it goes."""
+        await self._write(Welcome())
+        try:
+            while (said := await self._hear(None)) is not None:
+                reason = await self._take(said, stopping.is_set())
+                if reason is not None:
+                    self._host.counters.not_answered(reason)
+                    # Not as a task: who does not take refusals is not heard further.
+                    await self._write(Refusal(cast(Request | Upstream, said).number, reason))
+            while self._answering:  # the client has no more questions, but still listens
+                await asyncio.wait(self._answering)
+        finally:
+            for task in self._answering:
+                task.cancel()
+            self._host.batcher.left(self._id)
+
+    async def _take(self, said: FromClient, stopping: bool) -> Reason | None:
+        """Begin to answer; or why not."""
+        try:
+            if isinstance(said, Request):
+                return self._request(said, stopping)
+            if isinstance(said, Upstream):
+                return self._upstream(said)
+            raise MalformedMessage("a second introduction")
+        except MalformedMessage as error:
+            await self._abort(Code.INVALID_ARGUMENT, str(error))
+
+    def _request(self, request: Request, stopping: bool) -> Reason | None:
+        host, terms = self._host, self._host.description.terms
+        if request.number != self._last + 1:
+            raise MalformedMessage(f"request {request.number} follows request {self._last}")
+        self._last = request.number
+        if stopping:
+            return Reason.STOPPING
+        if self.pending + host.batcher.kept(self._id) >= host.limits.requests:
+            return Reason.BUSY
+        tokens = int(request.lengths.sum())
+        if not host.batcher.has_room(tokens * terms.width * 4):  # float32
+            return Reason.BUSY
+        values = decode(request.embeddings, tokens, terms.width, cast(Encoding, terms.encoding))
+        work = Work(request.kind, values, request.lengths, request.labels)
+        try:
+            result = host.batcher.submit(self._id, request.number, work, request.patience / 1000)
+        except NotAnswered as refused:
+            return refused.reason
+        up = len(request.embeddings) + LABEL_BYTES * len(request.labels)
+        self._begin(request.number, result, _Passed(request.kind, request.lengths, up))
+        return None
+
+    def _upstream(self, upstream: Upstream) -> Reason | None:
+        passed = self._opened.pop(upstream.number, None)
+        if passed is None:
+            return Reason.FORGOTTEN
+        try:
+            result = self._host.batcher.pull_back(self._id, upstream.number, upstream.gradient)
+        except NotAnswered as refused:
+            return refused.reason
+        except ValueError as error:
+            raise MalformedMessage("an upstream of another size than its logits") from error
+        up = passed.up + upstream.gradient.nbytes
+        again = _Passed(Kind.DIFFERENTIATE, passed.lengths, up, passed.down)
+        self._begin(upstream.number, result, again)
+        return None
+
+    def _begin(self, number: int, result: Future[Result], passed: _Passed) -> None:
+        task = asyncio.create_task(self._answer(number, result, passed))
+        self._answering.add(task)
+        task.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self._answering.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("an answer was not sent", exc_info=error)
+            self.end(Code.INTERNAL, "the server of the base model failed; see its log")
+
+    async def _answer(self, number: int, result: Future[Result], passed: _Passed) -> None:
+        try:
+            found = await asyncio.wrap_future(result)
+        except NotAnswered as refused:
+            self._host.counters.not_answered(refused.reason)
+            await self._write(Refusal(number, refused.reason))
+            return
+        answer = self._encoded(number, found)
+        down = passed.down + answer.values.nbytes + len(answer.gradient)
+        passed = _Passed(passed.kind, passed.lengths, passed.up, down)
+        if passed.kind == Kind.OPEN:
+            self._opened[number] = passed
+            while len(self._opened) > self._host.limits.requests:  # those that never came
+                del self._opened[min(self._opened)]
+        await self._write(answer)
+        if passed.kind != Kind.OPEN:
+            self._host.counters.passed(self.name, _traffic(passed))
+
+    def _encoded(self, number: int, found: Result) -> Answer:
+        values = np.zeros(0, np.float32) if found.values is None else found.values.reshape(-1)
+        encoding = cast(Encoding, self._host.description.terms.encoding)
+        gradient = b"" if found.gradient is None else encode(found.gradient, encoding)
+        return Answer(number, values, gradient)
+
+    async def _hear(self, seconds: float | None) -> FromClient | None:
+        """What the client says next, within so many seconds; None if it has nothing more to say."""
+        read = asyncio.ensure_future(self._context.read())
+        try:
+            first: set[asyncio.Future[Any]] = {read, self._ending}
+            await asyncio.wait(first, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if self._ending.done():
+                await self._context.abort(*self._ending.result())
+            if not read.done():
+                await self._abort(Code.DEADLINE_EXCEEDED, "nothing was heard for too long")
+            payload: Any = read.result()
+        finally:
+            read.cancel()
+        if payload is EOF:
+            return None
+        try:
+            return decode_from_client(payload, self._host.description)
+        except MalformedMessage as error:
+            await self._abort(Code.INVALID_ARGUMENT, str(error))
+
+    async def _write(self, said: FromServer) -> None:
+        async with self._writing:
+            try:
+                async with asyncio.timeout(self._host.limits.write):
+                    await self._context.write(encode_from_server(said))
+            except TimeoutError:
+                self.end(Code.DEADLINE_EXCEEDED, "the client does not take what it is told")
+
+    async def _abort(self, code: Code, words: str) -> NoReturn:
+        logger.info("%s: %s", self.name or "a client that is not known", words)
+        await self._context.abort(code, words)
+
+
+def _traffic(passed: _Passed) -> CutTraffic:
+    if passed.kind == Kind.SCORES:
+        return CutTraffic(evaluated=len(passed.lengths), evaluation_bytes=passed.up + passed.down)
+    tokens = int(passed.lengths.sum())
+    return CutTraffic(len(passed.lengths), tokens, passed.up, passed.down)
