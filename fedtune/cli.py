@@ -404,6 +404,29 @@ def nano_pretrain_connector(
     raise typer.Exit(run(PretrainRequest(out, base, data, steps, seed), as_json))
 
 
+@nano.command(
+    "kit",
+    epilog="Examples:  fedtune nano kit my-federation/federation.toml -o kit  |  "
+    "fedtune nano kit federation.toml -o kit --texts public/questions.csv",
+)
+def nano_kit(
+    federation: Annotated[Path, typer.Argument(help="The federation's configuration.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")] = Path("kit"),
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the column question: only these words get an embedding.",
+            show_default="the whole vocabulary",
+        ),
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Make what sites need of a base model that they do not hold."""
+    from fedtune.deploy import nano_commands
+
+    raise typer.Exit(nano_commands.kit(federation, out, texts))
+
+
 audit = typer.Typer(help="Check the audit logs of a server and of sites.", no_args_is_help=True)
 app.add_typer(audit, name="audit")
 

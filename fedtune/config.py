@@ -27,6 +27,7 @@ PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "hospitals"
 UNSET = "unset"
 DIRECTIONS, PERTURBATION = 4096, 0.1
+BASE_PORT = 9094
 # On the packaged data's validation texts 0.001, 0.01 and 0.1 are alike (loss 1.70, 1.70 and 1.72
 # after a round of the preset, plain averaging 2.14), and errors of rounding go with 1 / damping.
 FISHER_DAMPING = 0.1
@@ -561,6 +562,9 @@ class Site(_Table):
     """The site's name in the roster."""
     server: str = ""
     """Host and port of the server, as in `fedtune.example.org:9092`."""
+    base_server: str = ""
+    """Host and port where the base model is, with `base.placement = "server"`; empty: the host of
+    `server`, port 9094."""
     federation: str = "federation.toml"
     """The federation's configuration. The site agrees to it by having it here."""
     roster: str = "roster.toml"
@@ -603,6 +607,10 @@ class Machine(_Table):
     artifacts_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of their manifest.json, which `fedtune edge build` prints; it should come on another
     way than they. Unset: whatever is there, as long as it is whole."""
+    kit: str = "kit"
+    """`base.placement = "server"`: the folder that `fedtune nano kit` made."""
+    kit_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of its kit.json, which that command prints; unset: whatever is there, if whole."""
     precision: Literal["float32", "int8"] = "float32"
     """Of the frozen weights, without PyTorch: `int8` takes a quarter of the memory for them."""
     max_memory_mb: int | None = Field(default=None, ge=1)
@@ -689,6 +697,8 @@ class Listen(_Table):
     """Where the base model lies here; unset: as in the federation's configuration."""
     offer_base: bool = True
     """Whether sites can fetch the base model here, if `base.digest` is set."""
+    base_port: int = Field(default=BASE_PORT, ge=0, le=65535)
+    """Port of the base model, with `base.placement = "server"`; 0: a free one."""
     patience: Positive = 60.0
     """Seconds that the first round waits for clients that are not connected yet, once there are
     enough of them."""

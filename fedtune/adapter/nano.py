@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from fedtune.adapter.lora import AttachedAdapter
 from fedtune.base.connector import Connector
+from fedtune.base.kit import Table
 from fedtune.errors import ConfigError
 
 IMAGE, TEXT = "nano_image", "nano_text"
@@ -69,7 +70,7 @@ class Prompt(NamedTuple):
 class ClientHalf(nn.Module):
     """All of the model that is in front of the language model: connector, table, NanoAdapters."""
 
-    def __init__(self, connector: Connector, embeddings: nn.Embedding, nano: Nano) -> None:
+    def __init__(self, connector: Connector, embeddings: nn.Embedding | Table, nano: Nano) -> None:
         """Raises `ConfigError` if connector and table are of two widths."""
         super().__init__()
         width = embeddings.embedding_dim
@@ -101,7 +102,7 @@ class ClientHalf(nn.Module):
 
 
 def attach_nano(
-    connector: Connector, embeddings: nn.Embedding, nano: Nano, seed: int
+    connector: Connector, embeddings: nn.Embedding | Table, nano: Nano, seed: int
 ) -> AttachedAdapter:
     """The client's half, frozen but for NanoAdapters that are drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):

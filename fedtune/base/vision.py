@@ -51,8 +51,8 @@ class VisionEncoder:
         self._module: Any = None
 
     @property
-    def bytes(self) -> int:
-        """Size of its weights on disk."""
+    def size(self) -> int:
+        """Bytes of its weights on disk."""
         return self.path.stat().st_size
 
     def features(

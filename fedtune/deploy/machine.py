@@ -46,6 +46,10 @@ def make_machine(files: SiteFiles) -> tuple[AuditedMachine, str]:
 def load_training(files: SiteFiles) -> SiteTraining:
     """What trains at this site; raises `UsageError`."""
     config = files.federation
+    if config.base.task == "visual-question-answering":
+        from fedtune.deploy.vision_site import load_questions
+
+        return load_questions(files)
     train, test = (
         load_examples(
             files.find(name), config.data.labels, config.data.text_column, config.label_column

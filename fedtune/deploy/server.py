@@ -7,6 +7,8 @@ on where its journal ends.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -68,7 +70,12 @@ class Deployment:
         """Read federation.toml and what lies beside it; raises `UsageError`."""
         folder = path.parent
         listen = load_server(folder / SETTINGS).server
-        federation = load_config(path, values={"base.path": listen.base or None})
+        own = {"base.path": listen.base or None}
+        federation = load_config(path, values=own)
+        if federation.base.connector is not None:
+            # As all paths that are named in a file, relative to it.
+            own["base.connector"] = str(folder / Path(federation.base.connector).expanduser())
+            federation = load_config(path, values=own)
         if federation.lacks_labels:
             raise ConfigError(f"{path}: data.labels is missing; name the labels in their order")
         members = read_roster(folder / listen.roster)
@@ -96,7 +103,13 @@ def run_server(path: Path, progress: Progress) -> Outcome:
     deployment = Deployment.read(path)
     progress.note(f"loading the base model {deployment.federation.base.path}")
     take_over_log()
-    job = _job(deployment)
+    with _job(deployment) as (job, words_of_base):
+        return _run(deployment, job, words_of_base, progress)
+
+
+def _run(
+    deployment: Deployment, job: Job, words_of_base: Sequence[str], progress: Progress
+) -> Outcome:
     run_path = deployment.find(deployment.listen.run)
     with (
         _open_run(job, run_path) as run,
@@ -115,6 +128,7 @@ def run_server(path: Path, progress: Progress) -> Outcome:
                 [
                     f"listening at {listen.host}:{link.port} for {clients} clients; "
                     f"roster {deployment.members.roster.digest.hex()[:16]}",
+                    *words_of_base,
                     *words_of_status,
                     *([f"going on after round {done}"] if done else []),
                 ],
@@ -183,21 +197,38 @@ def _open_run(job: Job, path: Path) -> RunFolder:
     return run
 
 
-def _job(deployment: Deployment) -> Job:
-    """The server's part of the job: the model, the clients' names, the common test set."""
-    config, members = deployment.federation, deployment.members
-    labels, names = config.data.labels, sorted(members.transport)
+@contextmanager
+def _job(deployment: Deployment) -> Iterator[tuple[Job, list[str]]]:
+    """The server's part of the job: the model, the clients' names, the common test set.
+
+    While it is used, the base model is served if sites hold none; words about that.
+    """
+    config, listen = deployment.federation, deployment.listen
+    labels, names = config.data.labels, sorted(deployment.members.transport)
     check_cohort(config, len(names))
-    test = None
-    if deployment.listen.test:
-        file = deployment.find(deployment.listen.test)
-        test = load_examples(file, labels, config.data.text_column, config.label_column)
-    model = TextModel(config, len(labels))
-    check_privacy(config, model.adapter.manifest.size, len(names))
+    file = deployment.find(listen.test) if listen.test else None
     unknown = np.zeros(len(labels), np.int64)
     absent = [JobClient(name, Rows([]), None, unknown) for name in names]
+    if config.base.task == "visual-question-answering":
+        from fedtune.deploy.vision_server import serve_base, vision_model, vision_server_job
+
+        vision = vision_model(config)
+        check_privacy(config, vision.adapter.manifest.size, len(names))
+        job = vision_server_job(config, vision, absent, file)
+        if config.base.placement == "client":
+            yield job, []
+            return
+        keys = deployment.find(listen.keys)
+        roster = deployment.members.roster
+        with serve_base(vision, job, roster, keys, listen.host, listen.base_port) as (served, word):
+            yield served, [word]
+        return
+    columns = config.data.text_column, config.label_column
+    test = load_examples(file, labels, *columns) if file else None
+    model = TextModel(config, len(labels))
+    check_privacy(config, model.adapter.manifest.size, len(names))
     words = "each site's own; the server sees none of it"
-    return job_of_model(config, model, absent, test, labels, words)
+    yield job_of_model(config, model, absent, test, labels, words), []
 
 
 class Terminated(KeyboardInterrupt):

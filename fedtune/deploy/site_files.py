@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedtune.base.resolve import resolve_base
-from fedtune.config import ClientConfig, Config, load_client, load_config
+from fedtune.config import BASE_PORT, ClientConfig, Config, load_client, load_config
 from fedtune.deploy.keys import Members, SiteKeys, public_der, read_roster, read_site_keys
 from fedtune.errors import BaseModelError, ConfigError, KeyFileError
 
@@ -83,7 +83,12 @@ class SiteFiles:
             "train.device": machine.device,
             "train.threads": machine.threads,
         }
-        federation = load_config(path.parent / config.site.federation, values=own)
+        file = path.parent / config.site.federation
+        federation = load_config(file, values=own)
+        if federation.base.connector is not None:
+            connector = file.parent / Path(federation.base.connector).expanduser()
+            own["base.connector"] = str(connector)  # relative to the file that names it
+            federation = load_config(file, values=own)
         found = cls(path, config, federation)
         digest = federation.base.digest
         if not machine.base and digest and (folder := found.fetched_base(digest)).is_dir():
@@ -105,9 +110,20 @@ class SiteFiles:
         return self.find(self.config.machine.models) / digest
 
     @property
+    def splits(self) -> bool:
+        """Whether the base model stays at the server."""
+        return self.federation.base.placement == "server"
+
+    @property
+    def base_server(self) -> str:
+        """Where it is, HOST:PORT."""
+        host, _, _ = self.config.site.server.rpartition(":")
+        return self.config.site.base_server or f"{host}:{BASE_PORT}"
+
+    @property
     def needs_base(self) -> bool:
         """Whether this site loads the base model; artifacts hold what a device needs of it."""
-        return self.config.machine.runtime == "torch"
+        return self.config.machine.runtime == "torch" and not self.splits
 
     @property
     def step(self) -> Literal["ort", "stepgraph", "forward"]:

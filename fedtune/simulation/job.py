@@ -30,7 +30,7 @@ from fedtune.round.client import ClientMachine
 from fedtune.round.local import record_privacy
 from fedtune.round.membership import Membership
 from fedtune.round.terms import make_quantizer, make_terms
-from fedtune.train.channel import Meter
+from fedtune.train.channel import Metered
 from fedtune.train.directions import Directions
 from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
 from fedtune.train.private import RecordPrivacy
@@ -90,7 +90,7 @@ class Job:
     directions: Directions | None = None  # in which forward-only training moves the adapter
     shown: tuple[Shown, ...] = ()
     connector: Path | None = None  # a file that belongs to the adapter
-    meter: Meter | None = None  # what passes the cut, where the base model is behind one
+    meter: Metered | None = None  # what passes the cut, where the base model is behind one
     cut_width: int = 0  # of an embedding there
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedtune.adapter.nano import Nano, attach_nano
-from fedtune.base.answering import AnsweringDecoder
+from fedtune.base.answering import AnsweringDecoder, first_tokens
 from fedtune.base.causal import CausalBase
 from fedtune.base.connector import (
     SUFFIX,
@@ -21,6 +22,7 @@ from fedtune.base.connector import (
     pretrain,
     save_connector,
 )
+from fedtune.base.kit import Table
 from fedtune.base.vision import Features, VisionEncoder
 from fedtune.cache import cache_folder
 from fedtune.config import Config
@@ -34,8 +36,55 @@ from fedtune.types import digest_of
 _FORMAT = 1  # part of the cache's name: raise it with every change of the pretraining
 
 
+class VisionClient:
+    """A client's half with its task: encoder, connector, embeddings, NanoAdapters."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Any,
+        table: nn.Embedding | Table,
+        max_tokens: int,
+        connector: Path,
+        behind: Behind,
+    ) -> None:
+        """`table` has the embeddings, `behind` is what answers; raises `UsageError`."""
+        self.encoder = VisionEncoder(config.base.encoder)
+        self.connector_path = connector
+        self.connector, self.connector_digest = load_connector(
+            connector, config.base.connector_digest
+        )
+        self.adapter = attach_nano(self.connector, table, Nano(config.adapter.rank), config.seed)
+        self.tokenizer = tokenizer
+        self.task = QuestionAnswering(int(tokenizer.pad_token_id or 0), behind)
+        self.max_length = min(config.base.max_length, max_tokens - self.connector.tokens)
+        self._table = table
+        self._features: dict[tuple[Path, ...], Features] = {}
+
+    def prepare(self, examples: QuestionExamples) -> EncodedQuestions:
+        """The questions as the trainer takes them; raises `DataError`."""
+        # Clients of one data set share the array, and with it the memory of forked workers.
+        if examples.files not in self._features:
+            self._features[examples.files] = self.encoder.features(examples.files)
+        features = self._features[examples.files]
+        found = encode_questions(self.tokenizer, examples, features, self.max_length)
+        if isinstance(self._table, Table) and (lacking := self._table.lacking(found.texts.ids)):
+            word = self.tokenizer.decode(lacking[:1])
+            raise DataError(
+                f"the kit of the base model has no embedding for {word!r} and {len(lacking) - 1} "
+                "other tokens of these questions; ask the operator for one with a larger "
+                "vocabulary (fedtune nano kit --texts)"
+            )
+        return found
+
+    def digest(self, base_digest: str, answers: Sequence[str]) -> str:
+        """SHA-256 of all that is frozen: decoder, encoder, connector, and the answers' tokens."""
+        tokens = first_tokens(self.tokenizer, answers).tolist()
+        return digest_of([base_digest, self.encoder.digest, self.connector_digest, tokens])
+
+
 class VisionModel:
-    """Encoder, connector, decoder, NanoAdapters and task, as the configuration says."""
+    """The whole model, with the decoder: what simulates, and what a server evaluates."""
 
     def __init__(
         self, config: Config, answers: Sequence[str], public: Captions | None = None
@@ -45,15 +94,7 @@ class VisionModel:
         Without `base.connector`, one is pretrained on `public` images and kept in the cache.
         """
         self.base = CausalBase(config.base.path, config.base.digest)
-        self.encoder = VisionEncoder(config.base.encoder)
         self.decoder = AnsweringDecoder(self.base, answers)
-        self.connector_path = self._connector(config, public)
-        self.connector, self.connector_digest = load_connector(
-            self.connector_path, config.base.connector_digest
-        )
-        table: nn.Embedding = self.base.module.get_input_embeddings()  # type: ignore[operator]
-        self.adapter = attach_nano(self.connector, table, Nano(config.adapter.rank), config.seed)
-        self._features: dict[tuple[Path, ...], Features] = {}
         self.meter = Meter()
         behind: Behind = WholeModel(self.decoder)
         if config.base.placement == "server":
@@ -61,40 +102,34 @@ class VisionModel:
             encoding = config.split.activations
             carrier = InProcessCarrier(InProcessBase(self.decoder), self.decoder.width, encoding)
             behind = AcrossCut(Channel(carrier, encoding, self.meter), config.split.labels)
-        self.task = QuestionAnswering(int(self.base.tokenizer.pad_token_id or 0), behind)
-        self.max_length = min(config.base.max_length, self.base.max_tokens - self.connector.tokens)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all that is frozen: decoder, encoder, connector, and the answers' tokens."""
-        return digest_of(
-            [
-                self.base.digest,
-                self.encoder.digest,
-                self.connector_digest,
-                self.decoder.tokens.tolist(),
-            ]
-        )
+        table: nn.Embedding = self.base.module.get_input_embeddings()  # type: ignore[operator]
+        connector = find_connector(config, self.base, public)
+        tokenizer, longest = self.base.tokenizer, self.base.max_tokens
+        self.client = VisionClient(config, tokenizer, table, longest, connector, behind)
+        self.adapter, self.task = self.client.adapter, self.client.task
+        self.digest = self.client.digest(self.base.digest, answers)
 
     def prepare(self, examples: QuestionExamples) -> EncodedQuestions:
-        """The questions as the trainer takes them; raises `DataError`."""
-        # Clients of one data set share the array, and with it the memory of forked workers.
-        if examples.files not in self._features:
-            self._features[examples.files] = self.encoder.features(examples.files)
-        features = self._features[examples.files]
-        return encode_questions(self.base.tokenizer, examples, features, self.max_length)
+        """See `VisionClient.prepare`."""
+        return self.client.prepare(examples)
 
-    def _connector(self, config: Config, public: Captions | None) -> Path:
-        if config.base.connector is not None:
-            return Path(config.base.connector).expanduser()
-        if not public:
-            raise ConfigError(
-                "base.connector is missing; make one with: fedtune nano pretrain-connector"
-            )
-        path = connector_cache(self.base, self.encoder, public)
-        if not path.exists():
-            train_connector(self.base, self.encoder, public, path)
-        return path
+
+def find_connector(config: Config, base: CausalBase, public: Captions | None) -> Path:
+    """The connector that the configuration names, or one pretrained on `public` images.
+
+    Raises `BaseModelError`, `ConfigError` or `DataError`.
+    """
+    if config.base.connector is not None:
+        return Path(config.base.connector).expanduser()
+    if not public:
+        raise ConfigError(
+            "base.connector is missing; make one with: fedtune nano pretrain-connector"
+        )
+    encoder = VisionEncoder(config.base.encoder)
+    path = connector_cache(base, encoder, public)
+    if not path.exists():
+        train_connector(base, encoder, public, path)
+    return path
 
 
 def train_connector(

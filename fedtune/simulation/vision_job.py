@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,20 @@ def vision_job(config: Config) -> Job:
         )
         for client in data.clients
     ]
+    test, words = data.test, data.source
+    return job_of_vision(config, model, clients, test, data.answers, words, data.warnings)
+
+
+def job_of_vision(
+    config: Config,
+    model: VisionModel,
+    clients: Sequence[JobClient],
+    test: QuestionExamples | None,
+    answers: tuple[str, ...],
+    data_words: str,
+    warnings: tuple[str, ...] = (),
+) -> Job:
+    """A task over questions with a model that is loaded, by clients whose rows are prepared."""
     placement = ", the base model at the server" * (config.base.placement == "server")
     return Job(
         config=config,
@@ -60,13 +75,13 @@ def vision_job(config: Config) -> Job:
         adapter_words=f"NanoAdapter-I and -T r={config.adapter.rank}{placement}"
         + method_words(config),
         clients=tuple(clients),
-        test=model.prepare(data.test),
-        labels=data.answers,
-        data_words=data.source,
-        warnings=data.warnings,
+        test=model.prepare(test) if test else None,
+        labels=answers,
+        data_words=data_words,
+        warnings=warnings,
         directions=directions_for(config, model.adapter),
-        shown=_shown(data.test),
-        connector=model.connector_path,
+        shown=_shown(test) if test else (),
+        connector=model.client.connector_path,
         meter=model.meter,
         cut_width=model.decoder.width,
     )

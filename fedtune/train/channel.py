@@ -42,6 +42,14 @@ class CutTraffic:
         return CutTraffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+class Metered(Protocol):
+    """Something that knows what passed."""
+
+    @property
+    def traffic(self) -> CutTraffic:
+        """All that was counted."""
+
+
 class Meter:
     """Counts `CutTraffic`, also over the processes that are forked after it was made."""
 

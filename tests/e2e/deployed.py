@@ -100,9 +100,9 @@ class Federation:
         self._http = httpx.Client(timeout=10, limits=httpx.Limits(max_keepalive_connections=0))
         labels = sorted(
             {
-                json.loads(line)["label"]
+                row.get("label") or row["answer"]
                 for file in data.glob("*/train.jsonl")
-                for line in file.read_text().splitlines()
+                for row in map(json.loads, file.read_text().splitlines())
             }
         )
         federation: dict[str, dict[str, Any]] = {
@@ -223,6 +223,12 @@ class Federation:
         file = self.site(name) / "client.toml"
         lines = tomli_w.dumps({key.replace("_", "-"): value for key, value in values.items()})
         file.write_text(file.read_text().replace("[machine]\n", f"[machine]\n{lines}"))
+
+    def set_site(self, name: str, **values: Any) -> None:
+        """Write keys of a site's `[site]`."""
+        file = self.site(name) / "client.toml"
+        lines = tomli_w.dumps({key.replace("_", "-"): value for key, value in values.items()})
+        file.write_text(file.read_text().replace("[site]\n", f"[site]\n{lines}"))
 
     def warm_client(self, name: str, prepare: Iterable[Callable[[], None]] = ()) -> Command:
         """The same two processes, forked with their imports done."""

@@ -79,7 +79,7 @@ def test_coarser_activations_learn_nearly_the_same_and_say_what_they_cost(runs: 
         assert cut["examples"] == trained
         assert cut["floor"] == 2 * cut["tokens"] * each
         # An answer up and a loss down are all that is there beside the tokens.
-        assert cut["bytes_up"] == cut["tokens"] * each + 8 * trained
+        assert cut["bytes_up"] == cut["tokens"] * each + 4 * trained
         assert cut["bytes_down"] == cut["tokens"] * each + 4 * trained
         # Before the first round and after the last.
         assert cut["evaluated"] == 2 * TESTED

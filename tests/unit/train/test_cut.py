@@ -110,7 +110,7 @@ def test_a_channel_rounds_and_counts(
     tokens, width = int(LENGTHS.sum()), decoder.width
     values = tokens * (width * each if each else width + 4)
     answers = ROWS * len(ANSWERS) * 4
-    up, down = (answers, answers) if labels == "client" else (8 * ROWS, 4 * ROWS)
+    up, down = (answers, answers) if labels == "client" else (4 * ROWS, 4 * ROWS)
     assert meter.traffic == CutTraffic(ROWS, tokens, int(values) + up, int(values) + down, 0, 0)
 
 

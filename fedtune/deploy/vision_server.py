@@ -1,0 +1,70 @@
+"""The server's part of a federation of questions about images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fedtune.config import Config
+from fedtune.data.question_files import read_questions
+from fedtune.data.questions import QuestionExamples
+from fedtune.deploy.keys import SERVER_CERTIFICATE, SERVER_KEY
+from fedtune.resources import usable_cores
+from fedtune.secagg.keys import Roster
+from fedtune.simulation.job import Job, JobClient
+from fedtune.simulation.vision import VisionModel
+from fedtune.simulation.vision_job import job_of_vision
+from fedtune.split.server import SplitServer, Tls, terms_of
+from fedtune.train.channel import CutTraffic, Meter
+
+
+def vision_model(config: Config) -> VisionModel:
+    """The whole model, on all cores; raises `UsageError`."""
+    torch.set_num_threads(usable_cores())
+    return VisionModel(config, config.data.labels)
+
+
+def vision_server_job(
+    config: Config, model: VisionModel, clients: list[JobClient], test: Path | None
+) -> Job:
+    """The job of a server that sees none of the clients' questions."""
+    answers = config.data.labels
+    found: QuestionExamples | None = read_questions(test, answers) if test else None
+    words = "each site's own; the server sees none of it"
+    return job_of_vision(config, model, clients, found, answers, words)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """What passed the cut in this process, and over the network."""
+
+    own: Meter
+    split: SplitServer
+
+    @property
+    def traffic(self) -> CutTraffic:
+        """Both."""
+        total = self.own.traffic
+        for one in self.split.status.traffic.values():
+            total = total + one
+        return total
+
+
+@contextmanager
+def serve_base(
+    model: VisionModel, job: Job, roster: Roster, keys: Path, host: str, port: int
+) -> Iterator[tuple[Job, str]]:
+    """Host the decoder for the clients of `roster`; the job that counts what they send, and words.
+
+    Raises `ConfigError`.
+    """
+    config = job.config
+    terms = terms_of(model.decoder, config.digest, config.split.activations)
+    tls = Tls((keys / SERVER_CERTIFICATE).read_bytes(), (keys / SERVER_KEY).read_bytes())
+    with SplitServer(model.decoder, terms, roster, host, port, tls) as server:
+        together = _Together(model.meter, server)
+        yield replace(job, meter=together), f"the base model at {host}:{server.port}"

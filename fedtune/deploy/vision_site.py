@@ -1,0 +1,80 @@
+"""A site that answers questions about images, with the base model here or at the server."""
+
+from __future__ import annotations
+
+import torch
+
+from fedtune.base.kit import ClientKit
+from fedtune.data.question_files import read_questions
+from fedtune.deploy.site_files import SiteFiles
+from fedtune.deploy.site_training import SiteTraining
+from fedtune.errors import ConfigError
+from fedtune.simulation.job import torch_settings
+from fedtune.simulation.vision import VisionClient, VisionModel
+from fedtune.train.channel import Meter
+from fedtune.train.cut import AcrossCut
+from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
+from fedtune.train.torch_trainer import TorchTrainer
+from fedtune.train.trainer import Trainer
+
+
+def load_questions(files: SiteFiles) -> SiteTraining:
+    """What trains at this site, on its questions; raises `UsageError`."""
+    config, machine = files.federation, files.config.machine
+    if machine.runtime != "torch":
+        raise ConfigError(
+            f'machine.runtime = "{machine.runtime}" knows no images yet; set it to "torch"'
+        )
+    torch.set_num_threads(config.train.threads)
+    answers, data = config.data.labels, files.config.data
+    half, digest, words = _model(files)
+    train = read_questions(files.find(data.train), answers)
+    test = read_questions(files.find(data.test), answers) if data.test else None
+    torch_trainer = TorchTrainer(half.adapter, half.task, digest, torch_settings(config.train))
+    trainer: Trainer = torch_trainer
+    if config.train.method == "forward-only":
+        directions = directions_of(config, half.adapter.manifest, half.adapter.read())
+        trainer = ForwardOnlyTrainer(torch_trainer, directions, config.train.perturbation)
+    return SiteTraining(trainer, half.prepare(train), half.prepare(test) if test else None, words)
+
+
+def _model(files: SiteFiles) -> tuple[VisionClient, str, str]:
+    """The client's half, the digest of all that is frozen, and in words where the base model is."""
+    config, machine = files.federation, files.config.machine
+    answers = config.data.labels
+    if not files.splits:
+        whole = VisionModel(config, answers)
+        return whole.client, whole.digest, f"base model {config.base.path}"
+    from fedtune.base.answering import first_tokens
+    from fedtune.split.client import GrpcBase
+    from fedtune.types import digest_of
+    from fedtune.wire.split import Terms
+
+    kit = ClientKit(files.find(machine.kit), machine.kit_digest)
+    if config.base.digest not in (None, kit.manifest.base_digest):
+        raise ConfigError(
+            f"{kit.folder}: made of the base model {kit.manifest.base_digest}, base.digest says "
+            f"{config.base.digest}; ask the operator for this federation's kit"
+        )
+    tokenizer, table = kit.tokenizer(), kit.table()
+    terms = Terms(
+        config.digest,
+        kit.manifest.base_digest,
+        digest_of(first_tokens(tokenizer, answers).tolist()),
+        table.embedding_dim,
+        len(answers),
+        config.split.activations,
+    )
+    authority = files.find(files.config.site.certificate).read_bytes()
+    identity, roster = files.keys().identity, files.members().roster
+    remote = GrpcBase(files.base_server, authority, identity, roster, terms, Meter())
+    half = VisionClient(
+        config,
+        tokenizer,
+        table,
+        kit.manifest.max_tokens,
+        kit.connector,
+        AcrossCut(remote, config.split.labels),
+    )
+    digest = half.digest(kit.manifest.base_digest, answers)
+    return half, digest, f"base model at {files.base_server}, kit {kit.digest[:16]}"

@@ -1,0 +1,175 @@
+"""A base model that stays at the server, for sites in processes of their own, over TLS."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deployed import Federation, free_port
+from e2e_helpers import Launcher, read_metrics, read_summary, wait_until
+from safetensors.numpy import load_file
+from vqa_files import write_question_clients
+
+SITES = ("site-0", "site-1", "site-2")
+ROUNDS, STEPS, BATCH = 3, 4, 4
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_question_clients(tmp_path_factory.mktemp("questions") / "sites")
+
+
+@pytest.fixture(scope="module")
+def connector(
+    tmp_path_factory: pytest.TempPathFactory, answering_decoder: Path, questions: Path
+) -> Path:
+    """Made by the command."""
+    folder = tmp_path_factory.mktemp("connector")
+    launcher = Launcher(folder, tmp_path_factory.mktemp("outputs"))
+    code, command = launcher.run(
+        *("nano", "pretrain-connector", "--base", answering_decoder, "--steps", "20"),
+        *("--data", questions / "captions.jsonl", "-o", "connector.safetensors"),
+    )
+    assert code == 0, command.stderr
+    return folder / "connector.safetensors"
+
+
+@pytest.fixture(scope="module")
+def make(
+    tmp_path_factory: pytest.TempPathFactory,
+    answering_decoder: Path,
+    questions: Path,
+    connector: Path,
+) -> Iterator[Callable[..., Federation]]:
+    """A federation with the files and the kit that an operator sends."""
+    launchers: list[Launcher] = []
+
+    def make(**tables: dict[str, Any]) -> Federation:
+        folder = tmp_path_factory.mktemp("federation")
+        launchers.append(Launcher(folder, tmp_path_factory.mktemp("outputs")))
+        port = free_port()
+        base = {
+            "task": "visual-question-answering",
+            "placement": "server",
+            "connector": str(connector),
+        }
+        federation = Federation(
+            folder,
+            launchers[-1],
+            answering_decoder,
+            questions,
+            SITES,
+            {
+                "base": base,
+                "adapter": {"kind": "nano", "rank": 4},
+                "train": {"steps": STEPS, "batch-size": BATCH, "lr": 0.02},
+                "rounds": {"count": ROUNDS},
+                **tables,
+            },
+            listen={"base-port": port},
+        )
+        code, command = federation.command("nano", "kit", folder / "federation.toml", "-o", "kit")
+        assert code == 0, command.stderr
+        [digest] = re.findall(r'kit-digest = "(\w+)"', command.stdout)
+        for name in SITES:
+            federation.set_machine(name, kit=str(folder / "kit"), kit_digest=digest)
+            federation.set_site(name, base_server=f"127.0.0.1:{port}")
+        return federation
+
+    yield make
+    for launcher in launchers:
+        launcher.end_all()
+
+
+def adapter_of(run: Path) -> np.ndarray:
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    return np.concatenate([tensors[name].reshape(-1) for name in sorted(tensors)])
+
+
+def test_a_deployed_federation_learns_what_the_simulated_one_does(
+    make: Callable[..., Federation], tmp_path: Path
+) -> None:
+    federation = make()
+    server = federation.server()
+    clients = [federation.warm_client(name) for name in SITES]
+    assert server.wait() == 0, server.stderr
+    assert "the base model at 127.0.0.1:" in server.stderr
+    for client in clients:
+        assert client.wait() == 0, client.stderr
+        assert "Traceback" not in client.stderr
+    summary = read_summary(federation.run)
+    expected = adapter_of(federation.simulate(tmp_path))
+    # Requests of several sites share a batch, which changes the last digits of a gradient, and
+    # with them here and there how a value is rounded to an integer.
+    np.testing.assert_allclose(adapter_of(federation.run), expected, atol=5e-3)
+    assert np.abs(expected).max() > 0.1
+    trained = len(SITES) * ROUNDS * STEPS * BATCH
+    assert summary["cut"]["examples"] == trained
+    simulated = read_summary(tmp_path / "run")["cut"]
+    assert summary["cut"]["tokens"] == simulated["tokens"]
+    assert summary["cut"]["bytes_up"] == simulated["bytes_up"]
+    assert summary["final"]["accuracy"] == pytest.approx(
+        read_summary(tmp_path / "run")["final"]["accuracy"], abs=0.051
+    )
+
+
+def test_server_and_sites_are_killed_in_the_middle_of_training(
+    make: Callable[..., Federation],
+) -> None:
+    """Nobody's step is lost or counted twice: requests to the base model are asked again."""
+    federation = make(train={"steps": 60, "batch-size": BATCH, "lr": 0.02})
+    server = federation.server()
+    clients = {name: federation.warm_client(name) for name in SITES}
+    for number, victim in ((1, "server"), (2, "site-1")):
+        wait_until(lambda n=number: federation.committed() >= n - 1, f"round {number}")
+        wait_until(lambda: federation.health().get("stage") == "train", "training")
+        if victim == "server":
+            server = federation.restart_server(server)
+        else:
+            clients[victim].kill()
+            clients[victim] = federation.warm_client(victim)
+    assert server.wait() == 0, server.stderr
+    for client in clients.values():
+        assert client.wait() == 0, client.stderr
+    federation.check_finished()
+    assert all(set(SITES) <= set(record["clients"]) for record in read_metrics(federation.run))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("kit", "changed since the kit was made"),
+        ("digest", "machine.kit-digest says"),
+        ("word", "the kit of the base model has no embedding for"),
+    ],
+)
+def test_a_kit_that_is_not_the_federations_is_refused(
+    make: Callable[..., Federation], change: str, said: str
+) -> None:
+    federation = make()
+    name = SITES[0]
+    if change == "kit":
+        with (federation.folder / "kit" / "connector.safetensors").open("ab") as file:
+            file.write(b"?")
+    elif change == "digest":
+        manifest = federation.folder / "kit" / "kit.json"
+        manifest.write_text(manifest.read_text() + " ")
+    else:
+        words = federation.folder / "words.jsonl"
+        words.write_text(json.dumps({"question": "what"}) + "\n")
+        file = federation.folder / "federation.toml"
+        code, command = federation.command("nano", "kit", file, "-o", "small", "--texts", words)
+        assert code == 0, command.stderr
+        [digest] = re.findall(r'kit-digest = "(\w+)"', command.stdout)
+        client = federation.site(name) / "client.toml"
+        text = re.sub(r'kit = ".*"', f'kit = "{federation.folder / "small"}"', client.read_text())
+        client.write_text(re.sub(r'kit-digest = ".*"', f'kit-digest = "{digest}"', text))
+    process = federation.warm_client(name)
+    assert process.wait() == 2
+    assert said in process.stderr
+    assert "Traceback" not in process.stderr
