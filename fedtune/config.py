@@ -157,6 +157,9 @@ class Train(_Table):
     """Decoupled weight decay of AdamW; L2 penalty of SGD."""
     max_grad_norm: Positive | None = None
     """Clip each step's gradient to this L2 norm; unset: no clipping."""
+    proximal: NotNegative = 0.0
+    """FedProx (Li et al. 2020): pull each step back towards the received adapter, by so much times
+    the distance. 0 is none."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Each machine's own business: not agreed upon."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -186,6 +189,11 @@ class Train(_Table):
             raise ValueError(
                 "train.method = forward-only is plain SGD: set train.optimizer = sgd, with a "
                 "train.lr for it, and leave out train.weight-decay"
+            )
+        if self.proximal:
+            raise ValueError(
+                "train.proximal adds to gradients, and train.method = forward-only has none; leave "
+                "it out"
             )
         if self.max_grad_norm is not None:
             raise ValueError(
@@ -427,6 +435,8 @@ class Config(_Table):
                 "privacy.unit = record adds its noise to gradients, and train.method = "
                 "forward-only has none; use privacy.unit = client, or train.method = backprop"
             )
+        if self.privacy.unit == "record" and self.train.proximal:
+            raise ValueError("train.proximal is not built for privacy.unit = record; leave it out")
         if self.privacy.unit == "record" and self.train.max_grad_norm is not None:
             raise ValueError(
                 "train.max-grad-norm would clip noisy gradients; privacy.example-clip clips already"

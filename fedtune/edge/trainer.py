@@ -205,10 +205,13 @@ class EdgeTrainer:
         self._engine.reseed(plan.seed)
         losses = []
         squares = np.zeros_like(trained) if plan.fisher else None
+        received = trained.copy() if plan.proximal else None
         for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
             loss, gradient = self._gradient(trained, data, rows)
             if squares is not None:
                 squares += np.float32(len(rows)) * gradient * gradient
+            if received is not None:
+                gradient += np.float32(plan.proximal) * (trained - received)
             if self._settings.max_grad_norm is not None:
                 gradient = clip_norm(gradient, self._settings.max_grad_norm)
             optimizer.step(trained, gradient, lr)
@@ -240,6 +243,8 @@ class EdgeTrainer:
     ) -> None:
         if plan.fisher:
             raise ValueError("the Fisher information has no noise")
+        if plan.proximal:
+            raise ValueError("the proximal term is not built for record-level privacy")
         if plan.batch_size is None:
             raise ValueError("record-level privacy needs the batch size of the plan")
         from fedtune.privacy.randomness import SecureRandom  # cryptography takes 8 MB

@@ -129,6 +129,7 @@ class LocalWork:
             dropout_seed(rng),
             train.batch_size,
             fisher=self.config.aggregate.rule == "fisher",
+            proximal=train.proximal,
         )
         result = self._trainer.train(adapter, self.train_data, plan)
         update = result.adapter - adapter

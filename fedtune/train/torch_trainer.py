@@ -106,6 +106,7 @@ class TorchTrainer:
         torch.manual_seed(plan.seed)
         losses = []
         squares = torch.zeros_like(self._adapter.gradient()) if plan.fisher else None
+        received = self._adapter.flat.detach().clone() if plan.proximal else None
         for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
             loss = self._loss(data, rows)
             self._adapter.zero_grad()
@@ -113,6 +114,9 @@ class TorchTrainer:
             if squares is not None:
                 gradient = self._adapter.gradient()
                 squares.addcmul_(gradient, gradient, value=len(rows))
+            if received is not None:
+                pull = self._adapter.flat.detach() - received
+                self._adapter.gradient().add_(pull, alpha=plan.proximal)
             if self._settings.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self._adapter.flat, self._settings.max_grad_norm)
             _step(optimizer, lr)
@@ -129,6 +133,8 @@ class TorchTrainer:
     ) -> None:
         if plan.fisher:
             raise ValueError("the Fisher information has no noise")
+        if plan.proximal:
+            raise ValueError("the proximal term is not built for record-level privacy")
         if plan.batch_size is None:
             raise ValueError("record-level privacy needs the batch size of the plan")
         random = SecureRandom()

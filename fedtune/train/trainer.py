@@ -20,7 +20,9 @@ class LocalPlan:
     many steps takes no memory. `learning_rates` has one value per step. `seed` drives dropout.
     With record-level privacy the client draws its own batches, of `batch_size` examples on
     average, and `batches` and `seed` are not used. `fisher` asks for `LocalResult.fisher`, which
-    is not to be had with it.
+    is not to be had with it, and neither is `proximal`: μ of FedProx (Li et al. 2020, arXiv
+    1812.06127), which adds μ times the way from the received adapter to each step's gradient,
+    before it is clipped.
     """
 
     batches: Iterator[NDArray[np.int64]]
@@ -28,6 +30,7 @@ class LocalPlan:
     seed: int
     batch_size: int | None = None
     fisher: bool = False
+    proximal: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,9 +71,13 @@ def test_texts_become_the_tokens_that_transformers_makes(tiny: Built, rows: Text
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("optimizer", "proximal"), [("adamw", 0.0), ("sgd", 0.0), ("sgd", 5.0)])
 def test_a_round_ends_in_the_adapter_of_torch(
-    tiny: Built, rows: TextExamples, runtime: Runtime, optimizer: Literal["adamw", "sgd"]
+    tiny: Built,
+    rows: TextExamples,
+    runtime: Runtime,
+    optimizer: Literal["adamw", "sgd"],
+    proximal: float,
 ) -> None:
     data = tiny.model.prepare(rows)
     start = _start(tiny.model)
@@ -82,8 +87,10 @@ def test_a_round_ends_in_the_adapter_of_torch(
         "max_grad_norm": 0.5,
     }
     lr = 1e-3 if optimizer == "adamw" else 0.05
-    theirs = _torch(tiny.model, **settings).train(start, data, _plan(len(data), 30, lr))
-    ours = _edge(tiny, runtime, **settings).train(start, data, _plan(len(data), 30, lr))
+    theirs, ours = (
+        trainer.train(start, data, replace(_plan(len(data), 30, lr), proximal=proximal))
+        for trainer in (_torch(tiny.model, **settings), _edge(tiny, runtime, **settings))
+    )
     moved = np.abs(theirs.adapter - start).max()
     assert moved > 0.005
     assert np.abs(ours.adapter - theirs.adapter).max() < 2e-4
