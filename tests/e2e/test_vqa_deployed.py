@@ -13,7 +13,7 @@ import pytest
 from deployed import Federation, free_port
 from e2e_helpers import Launcher, read_metrics, read_summary, wait_until
 from safetensors.numpy import load_file
-from vqa_files import write_question_clients
+from vqa_files import QUESTIONS, write_question_clients
 
 SITES = ("site-0", "site-1", "site-2")
 ROUNDS, STEPS, BATCH = 3, 4, 4
@@ -173,3 +173,21 @@ def test_a_kit_that_is_not_the_federations_is_refused(
     assert process.wait() == 2
     assert said in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_the_doctor_looks_at_kit_questions_and_the_base_models_port(
+    make: Callable[..., Federation],
+) -> None:
+    federation = make()
+    site = federation.site(SITES[0]) / "client.toml"
+    code, command = federation.command("doctor", site, "--json")
+    found = {check["check"]: check for check in json.loads(command.stdout)["findings"]}
+    assert code == 1  # the server does not run
+    assert found["kit"]["status"] == "ok", found["kit"]
+    assert found["kit"]["numbers"]["adapter_parameters"] == 2 * (2 * 64 * 4 + 4 + 64)
+    assert found["policy"]["status"] == "ok"
+    assert found["questions"]["numbers"]["rows"] == QUESTIONS
+    assert found["its server"]["status"] == "problem"
+    code, command = federation.command("doctor", federation.folder / "federation.toml", "--json")
+    found = {check["check"]: check for check in json.loads(command.stdout)["findings"]}
+    assert {found[name]["status"] for name in ("port", "base port", "rows to test on")} == {"ok"}

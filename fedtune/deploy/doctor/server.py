@@ -15,11 +15,13 @@ from fedtune.deploy.doctor.machine import Needs, examine_machine
 from fedtune.deploy.doctor.packages import examine_packages
 from fedtune.deploy.doctor.pytorch import absent
 from fedtune.deploy.doctor.site import CORRECT, extras_for
+from fedtune.deploy.doctor.vision import look_at_questions
 from fedtune.deploy.keys import Members
 from fedtune.errors import ConfigError
 from fedtune.report import words
 
 SETTINGS = "server.toml"
+_PORT = "see server.host, server.port and server.base-port"
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,27 @@ def examine_server(examination: Examination, path: Path) -> None:
         examine_machine(examination, path.parent)
         return
     config, listen = files.federation, files.listen
+    vision = config.base.task == "visual-question-answering"
     test = files.find(listen.test) if listen.test else None
     examine_packages(examination, extras_for(config, [test] if test else []) | {"report"})
     members = examine_server_keys(examination, files.folder, listen)
     examination.begin("network")
-    examination.run("port", lambda: _port(listen), "see server.host and server.port")
+    examination.run("port", lambda: _port(listen.host, listen.port), _PORT)
+    if config.base.placement == "server":
+        examination.run("base port", lambda: _port(listen.host, listen.base_port), _PORT)
     base = examine_base(examination, config, ())
     if test is not None:
         examination.begin("data")
-        examination.run("rows to test on", lambda: look_at_rows(test, config))
-    needs = _predict(examination, files, base[0] if base else None, members)
+        if vision:
+            examination.run("rows to test on", lambda: look_at_questions(test, config))
+        else:
+            examination.run("rows to test on", lambda: look_at_rows(test, config))
+    needs = Needs()
+    if vision:
+        examination.begin("a round")
+        examination.skip("traffic", "not predicted for a model of images", "see docs/nano.md")
+    else:
+        needs = _predict(examination, files, base[0] if base else None, members)
     examine_machine(examination, files.find(listen.run), needs, None, config.train.device)
 
 
@@ -69,21 +82,21 @@ def _read(path: Path) -> Verdict[_Files]:
     return Verdict("ok", text, value=_Files(folder, federation, listen))
 
 
-def _port(listen: Listen) -> Verdict[None]:
-    where = f"{listen.host} port {listen.port}"
+def _port(host: str, port: int) -> Verdict[None]:
+    where = f"{host} port {port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as door:
             door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             door.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            todo = "nothing, if fedtune server is running; else set another server.port"
+            todo = "nothing, if fedtune server is running; else set another port"
             return Verdict("warning", f"{where} is in use", todo)
         words_ = f"cannot listen at {where}: {error.strerror}"
-        return Verdict("problem", words_, "see server.host and server.port")
+        return Verdict("problem", words_, _PORT)
     return Verdict("ok", f"{where} is free")
 
 

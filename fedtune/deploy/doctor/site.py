@@ -20,6 +20,7 @@ from fedtune.deploy.doctor.network import examine_network
 from fedtune.deploy.doctor.packages import examine_packages
 from fedtune.deploy.doctor.pytorch import examine_pytorch, is_fetched
 from fedtune.deploy.doctor.rounds import examine_time
+from fedtune.deploy.doctor.vision import examine_vision
 from fedtune.deploy.readings import Reader
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.edge.runtime import installed_builds
@@ -51,7 +52,9 @@ def examine_site(examination: Examination, path: Path, measured: bool) -> None:
         examine_packages(examination, extras - ({"example"} if is_fetched(files) else set()))
     found = examine_site_keys(examination, files)
     examine_network(examination, site.server, found.authority, found.transport)
-    if runtime == "torch":
+    if config.base.task == "visual-question-answering":
+        needs, possible = examine_vision(examination, files, data, found.members)
+    elif runtime == "torch":
         needs, possible = examine_pytorch(examination, files, data, found.members)
     else:
         needs, possible = examine_edge(examination, files, data, found.members)
@@ -81,6 +84,8 @@ def extras_for(config: Config, data: Sequence[Path]) -> set[str]:
         extras.add("privacy")
     if any(path.suffix.lower() == ".parquet" for path in data):
         extras.add("parquet")
+    if config.base.task == "visual-question-answering":
+        return extras | ({"vqa", "split"} if config.base.placement == "server" else {"vqa"})
     if config.base.path in PACKAGED:
         extras.add("example")
     return extras

@@ -1,0 +1,100 @@
+"""A site or a server of questions about images: its rows, its kit, and where the base model is."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fedtune.config import Config
+from fedtune.data.question_files import read_questions
+from fedtune.data.questions import QuestionExamples
+from fedtune.deploy.doctor.findings import FIRST, Examination, Verdict
+from fedtune.deploy.doctor.machine import Needs
+from fedtune.deploy.doctor.network import Address
+from fedtune.deploy.doctor.pytorch import absent
+from fedtune.deploy.doctor.rounds import examine_policy, examine_traffic
+from fedtune.deploy.keys import Members
+from fedtune.deploy.site_files import SiteFiles
+from fedtune.errors import BaseModelError, ConfigError, DataError
+from fedtune.report import words
+
+_SECONDS = 5.0
+
+
+def examine_vision(
+    examination: Examination, files: SiteFiles, data: Sequence[Path], members: Members | None
+) -> tuple[Needs, bool]:
+    """What a site needs that sends embeddings to its base model, and whether it is possible."""
+    config = files.federation
+    examination.begin("base model")
+    found = None
+    if lacking := absent():
+        examination.skip("kit", f"not installed: {', '.join(lacking)}", FIRST)
+    elif files.splits:
+        found = examination.run("kit", lambda: _kit(files))
+    else:
+        advice = "fedtune doctor --measure loads it"
+        examination.skip("model", "not looked at, behind an image encoder", advice)
+    if files.splits:
+        examination.run("its server", lambda: _server(files.base_server))
+    if found is not None and members is not None:
+        examine_policy(examination, files, members, found[1])
+    examination.begin("data")
+    rows = [examination.run("questions", partial(look_at_questions, file, config)) for file in data]
+    disk = examine_traffic(examination, files, found[0], members) if found else None
+    return Needs(disk, None), all(row is not None for row in rows) and found is not None
+
+
+def look_at_questions(path: Path, config: Config) -> Verdict[QuestionExamples]:
+    """The rows of a file, and how many have an image, if all of them can be used."""
+    try:
+        found = read_questions(path, config.data.labels)
+    except DataError as error:
+        what = str(error).partition("; ")[0]
+        return Verdict("problem", what, "the file needs columns question, answer and image")
+    pictured = int((found.images >= 0).sum())
+    counts = np.bincount(found.labels, minlength=len(config.data.labels)).tolist()
+    numbers = {"rows": len(found), "images": len(found.files)}
+    numbers |= dict(zip(config.data.labels, counts, strict=True))
+    text = f"{words.plural(len(found), 'question')}, {pictured:,} of them about an image"
+    return Verdict("ok", text, numbers=numbers, value=found)
+
+
+def _kit(files: SiteFiles) -> Verdict[tuple[int, str]]:
+    """Size of the adapter, and the digest of all that is frozen."""
+    from fedtune.base.answering import first_tokens
+    from fedtune.base.kit import ClientKit
+    from fedtune.base.vision import VisionEncoder
+    from fedtune.types import digest_of, sha256_hex
+
+    config, machine = files.federation, files.config.machine
+    try:
+        kit = ClientKit(files.find(machine.kit), machine.kit_digest)
+        tokens = first_tokens(kit.tokenizer(), config.data.labels).tolist()
+        encoder, width = VisionEncoder(config.base.encoder).digest, kit.table().embedding_dim
+    except (BaseModelError, DataError) as error:
+        return Verdict("problem", str(error), "see docs/nano.md")
+    rank = config.adapter.rank
+    size = 2 * (2 * width * rank + rank + width)
+    digest = digest_of(
+        [kit.manifest.base_digest, encoder, sha256_hex(kit.connector.read_bytes()), tokens]
+    )
+    text = f"{kit.folder}, digest {kit.digest}, {words.size(kit.size)}; an adapter of {size:,}"
+    if machine.kit_digest is None:
+        advice = "set machine.kit-digest, told to you on another way than the files came"
+        return Verdict("warning", text, advice, {"adapter_parameters": size}, (size, digest))
+    return Verdict("ok", text, numbers={"adapter_parameters": size}, value=(size, digest))
+
+
+def _server(where: str) -> Verdict[None]:
+    try:
+        address = Address.parse(where)
+        with socket.create_connection((address.host, address.port), _SECONDS):
+            return Verdict("ok", f"something listens at {where}")
+    except (OSError, ConfigError) as error:
+        advice = "start fedtune server, open its base-port, or correct site.base-server"
+        return Verdict("problem", f"{where}: {error}", advice)
