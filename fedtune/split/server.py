@@ -8,22 +8,22 @@ import threading
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import grpc
 from grpc import aio
 
 from fedtune.base.answering import AnsweringDecoder
-from fedtune.errors import ConfigError, MalformedMessage
+from fedtune.errors import ConfigError
 from fedtune.secagg.keys import Roster
-from fedtune.split.address import SERVICE, is_loopback
+from fedtune.split.address import is_loopback
 from fedtune.split.batcher import Batcher
 from fedtune.split.counters import Counters, SplitStatus
 from fedtune.split.limits import Limits
-from fedtune.split.session import Code, Context, Host, Session
+from fedtune.split.service import Service
+from fedtune.split.session import Host
 from fedtune.train.activations import Encoding
-from fedtune.types import digest_of
-from fedtune.wire.split import Description, Terms, check_describe_request, encode_description
+from fedtune.wire.split import Description, Terms
 
 logger = logging.getLogger(__name__)
 START_SECONDS = 30.0
@@ -40,10 +40,8 @@ class Tls:
 
 def terms_of(decoder: AnsweringDecoder, federation: str, encoding: Encoding) -> Terms:
     """What a server with this decoder works on; `federation` is `Config.digest`."""
-    answers = digest_of(decoder.tokens.tolist())
-    return Terms(
-        federation, decoder.base.digest, answers, decoder.width, len(decoder.answers), encoding
-    )
+    base = decoder.base.digest
+    return Terms.of(federation, base, decoder.tokens, decoder.width, encoding)
 
 
 class SplitServer:
@@ -90,7 +88,7 @@ class SplitServer:
         if self._loop is not None and self._grace is not None and self._thread.is_alive():
             with suppress(RuntimeError):  # the loop has ended by itself
                 self._loop.call_soon_threadsafe(_set, self._grace, grace)
-        self._thread.join()
+            self._thread.join()
 
     @property
     def status(self) -> SplitStatus:
@@ -118,7 +116,7 @@ class SplitServer:
         batcher = Batcher(self._decoder, self._limits, self._counters)
         try:
             host = Host(self._description, self._roster, self._limits, batcher, self._counters)
-            service = _Service(host)
+            service = Service(host)
             server = aio.server(options=_options(self._limits))
             server.add_generic_rpc_handlers((service.handlers(),))
             port = _bind(server, self._address, self._tls)
@@ -128,67 +126,6 @@ class SplitServer:
             await server.stop(END_SECONDS)
         finally:
             await asyncio.to_thread(batcher.close)
-
-
-class _Service:
-    """The two calls."""
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._description = encode_description(host.description)
-        self._stopping = asyncio.Event()
-        self._strangers: list[Session] = []
-        self._sessions: dict[str, Session] = {}
-
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """For `aio.Server`. Messages are bytes: `fedtune.wire` reads them, within bounds."""
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "Describe": grpc.unary_unary_rpc_method_handler(self._describe),
-                "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
-            },
-        )
-
-    async def drain(self, grace: float) -> None:
-        """Refuse what is new, wait for what is not, and end the streams."""
-        self._stopping.set()
-        deadline = asyncio.get_running_loop().time() + grace
-        while any(session.pending for session in self._sessions.values()):
-            if asyncio.get_running_loop().time() > deadline:
-                break
-            await asyncio.sleep(0.02)
-        for session in [*self._strangers, *self._sessions.values()]:
-            session.end(Code.UNAVAILABLE, "the server of the base model stops")
-
-    async def _describe(self, payload: bytes, context: Context) -> bytes:
-        try:
-            check_describe_request(payload)
-        except MalformedMessage as error:
-            await context.abort(Code.FAILED_PRECONDITION, str(error))
-        return self._description
-
-    async def _exchange(self, _requests: Any, context: Context) -> None:
-        session = Session(self._host, context)
-        self._strangers.append(session)
-        if len(self._strangers) > self._host.limits.strangers:
-            # The one that has been silent for longest; who knows the key needs no time.
-            self._strangers[0].end(Code.UNAVAILABLE, "too many connections; try again")
-        try:
-            name = await session.introduced()
-        finally:
-            self._strangers.remove(session)
-        if (last := self._sessions.get(name)) is not None:
-            # Most likely what is left of a connection that broke.
-            last.end(Code.ABORTED, f"another process has introduced itself as {name!r}")
-        self._sessions[name] = session
-        logger.info("%s is there", name)
-        try:
-            await session.serve(self._stopping)
-        finally:
-            if self._sessions.get(name) is session:
-                del self._sessions[name]
-            logger.info("%s has left", name)
 
 
 def _bind(server: aio.Server, address: str, tls: Tls | None) -> int:

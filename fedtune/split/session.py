@@ -7,7 +7,7 @@ import itertools
 import logging
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -66,6 +66,14 @@ class _Passed:
     down: int = 0
 
 
+class Ended(Exception):  # not an error of this side
+    """A stream is over, and this is what its client is told."""
+
+    def __init__(self, code: Code, words: str) -> None:
+        super().__init__(words)
+        self.code, self.words = code, words
+
+
 class Session:
     """All of it happens on the server's event loop."""
 
@@ -76,7 +84,8 @@ class Session:
         self._answering: set[asyncio.Task[None]] = set()
         self._opened: dict[int, _Passed] = {}  # requests whose second step is awaited
         self._writing = asyncio.Lock()
-        self._ending: asyncio.Future[tuple[Code, str]] = asyncio.get_running_loop().create_future()
+        self._ending: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._stalled = False
         self.name = ""
 
     @property
@@ -87,30 +96,30 @@ class Session:
     def end(self, code: Code, words: str) -> None:
         """End the stream; `words` say to the client why."""
         if not self._ending.done():
-            self._ending.set_result((code, words))
+            self._ending.set_result(Ended(code, words))
 
     async def introduced(self) -> str:
-        """The name of the client, which has proven it; ends the stream otherwise."""
+        """The name of the client, which has proven it; raises `Ended`."""
         challenge, host = new_challenge(), self._host
         await self._write(challenge)
         said = await self._hear(host.limits.handshake)
         if not isinstance(said, Introduction):
-            await self._abort(Code.INVALID_ARGUMENT, "an introduction comes first")
+            raise Ended(Code.INVALID_ARGUMENT, "an introduction comes first")
         try:
             check_introduction(said, challenge, host.roster, host.description.terms)
         except BadSignature as error:
-            await self._abort(Code.UNAUTHENTICATED, str(error))
+            raise Ended(Code.UNAUTHENTICATED, str(error)) from error
         except ContextMismatch as error:
-            await self._abort(Code.FAILED_PRECONDITION, str(error))
+            raise Ended(Code.FAILED_PRECONDITION, str(error)) from error
         self.name = said.name
         return said.name
 
     async def serve(self, stopping: asyncio.Event) -> None:
-        """Answer what the client asks, until it goes."""
+        """Answer what the client asks, until it has nothing more to ask; raises `Ended`."""
         await self._write(Welcome())
         try:
             while (said := await self._hear(None)) is not None:
-                reason = await self._take(said, stopping.is_set())
+                reason = self._take(said, stopping.is_set())
                 if reason is not None:
                     self._host.counters.not_answered(reason)
                     # Not as a task: who does not take refusals is not heard further.
@@ -122,7 +131,7 @@ class Session:
                 task.cancel()
             self._host.batcher.left(self._id)
 
-    async def _take(self, said: FromClient, stopping: bool) -> Reason | None:
+    def _take(self, said: FromClient, stopping: bool) -> Reason | None:
         """Begin to answer; or why not."""
         try:
             if isinstance(said, Request):
@@ -131,7 +140,7 @@ class Session:
                 return self._upstream(said)
             raise MalformedMessage("a second introduction")
         except MalformedMessage as error:
-            await self._abort(Code.INVALID_ARGUMENT, str(error))
+            raise Ended(Code.INVALID_ARGUMENT, str(error)) from error
 
     def _request(self, request: Request, stopping: bool) -> Reason | None:
         host, terms = self._host, self._host.description.terms
@@ -177,7 +186,11 @@ class Session:
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         self._answering.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Ended):
+            if not self._ending.done():
+                self._ending.set_result(error)
+        elif error is not None and not self._context.done():
             logger.error("an answer was not sent", exc_info=error)
             self.end(Code.INTERNAL, "the server of the base model failed; see its log")
 
@@ -212,9 +225,9 @@ class Session:
             first: set[asyncio.Future[Any]] = {read, self._ending}
             await asyncio.wait(first, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if self._ending.done():
-                await self._context.abort(*self._ending.result())
+                raise self._ending.result()
             if not read.done():
-                await self._abort(Code.DEADLINE_EXCEEDED, "nothing was heard for too long")
+                raise Ended(Code.DEADLINE_EXCEEDED, "nothing was heard for too long")
             payload: Any = read.result()
         finally:
             read.cancel()
@@ -223,19 +236,19 @@ class Session:
         try:
             return decode_from_client(payload, self._host.description)
         except MalformedMessage as error:
-            await self._abort(Code.INVALID_ARGUMENT, str(error))
+            raise Ended(Code.INVALID_ARGUMENT, str(error)) from error
 
     async def _write(self, said: FromServer) -> None:
         async with self._writing:
+            if self._stalled:  # gRPC writes one after another, and the last has not gone out
+                raise Ended(Code.DEADLINE_EXCEEDED, "the client does not take its answers")
             try:
                 async with asyncio.timeout(self._host.limits.write):
                     await self._context.write(encode_from_server(said))
-            except TimeoutError:
-                self.end(Code.DEADLINE_EXCEEDED, "the client does not take what it is told")
-
-    async def _abort(self, code: Code, words: str) -> NoReturn:
-        logger.info("%s: %s", self.name or "a client that is not known", words)
-        await self._context.abort(code, words)
+            except TimeoutError as error:
+                self._stalled = True
+                words = "the client does not take its answers"
+                raise Ended(Code.DEADLINE_EXCEEDED, words) from error
 
 
 def _traffic(passed: _Passed) -> CutTraffic:

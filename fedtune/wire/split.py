@@ -68,6 +68,11 @@ class Terms:
     answer_count: int
     encoding: str
 
+    @classmethod
+    def of(cls, federation: str, base: str, tokens: Int64Array, width: int, encoding: str) -> Terms:
+        """With the answers' first tokens, int64 `[answers]`, in their order."""
+        return cls(federation, base, digest_of(tokens.tolist()), width, len(tokens), encoding)
+
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 over all of it, 32 bytes."""
