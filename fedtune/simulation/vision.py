@@ -26,6 +26,7 @@ from fedtune.data.questions import Captions, QuestionExamples
 from fedtune.errors import BaseModelError, ConfigError, DataError
 from fedtune.train.channel import Channel, Meter
 from fedtune.train.cut import AcrossCut, Behind, InProcessBase, WholeModel
+from fedtune.train.protection import protected
 from fedtune.train.questions import EncodedQuestions, QuestionAnswering, encode_questions
 from fedtune.types import digest_of
 
@@ -53,7 +54,7 @@ class VisionModel:
         if config.base.placement == "server":
             # The same arithmetic as over a network, but for the network.
             remote = Channel(InProcessBase(self.decoder), config.split.activations, self.meter)
-            behind = AcrossCut(remote, config.split.labels)
+            behind = AcrossCut(protected(remote, config.split), config.split.labels)
         self.task = QuestionAnswering(int(self.base.tokenizer.pad_token_id or 0), behind)
         self.max_length = min(config.base.max_length, self.base.max_tokens - self.connector.tokens)
 
