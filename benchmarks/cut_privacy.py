@@ -198,7 +198,7 @@ def released(rows: Rows, privacy: MetricPrivacy | None, times: int) -> Rows:
 
 
 def noise_of(privacy: MetricPrivacy | None, times: int) -> Callable[[Rows], Rows] | None:
-    """The mean of so many sendings; training averages few draws, scaled to the same spread."""
+    """What is left of so many sendings: their mean."""
     if privacy is None:
         return None
     return lambda rows: released(rows, privacy, times).mean(0)
@@ -223,9 +223,9 @@ def accuracy(data: FederatedQuestions, privacy: MetricPrivacy | None, steps: int
     train = model.prepare(data.clients[0].train)
     settings = TorchSettings("adamw", 0.0, 1.0)
     trainer = TorchTrainer(model.adapter, model.task, model.digest, settings)
-    batches = list(plan_batches(train.lengths, steps, 8, np.random.default_rng(0)))
+    batches = plan_batches(train.lengths, steps, 8, np.random.default_rng(0))
     rates = [3e-3 * (1 - 0.9 * step / steps) for step in range(steps)]
-    result = trainer.train(model.adapter.read(), train, LocalPlan(batches, rates, 0))
+    result = trainer.train(model.adapter.read(), train, LocalPlan(batches, iter(rates), 0))
     found = trainer.evaluate(result.adapter, model.prepare(data.test.select(range(200))))
     return float(found.accuracy or 0.0)
 
