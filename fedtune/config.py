@@ -89,6 +89,21 @@ class Split(_Table):
     client, which gets scores and sends back their gradient: one exchange more for each step."""
     activations: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
     """How embeddings and their gradients travel."""
+    clip: Positive | None = None
+    """Scale an embedding down to this L2 norm before it is sent, if it is longer; in the units of
+    the base model's embeddings. Unset: no bound. Needs `eta`."""
+    eta: float | None = Field(default=None, ge=1e-6, le=1e9)
+    """Add noise of density exp(-eta × length) to each embedding that is sent: metric differential
+    privacy, eta per unit of distance; less is more noise. One token in one sending has a local
+    epsilon of eta × 2 × clip, which adds up over tokens and sendings and has nothing to do with
+    `privacy.epsilon`; see docs/nano.md. Unset: no noise. Needs `clip`."""
+
+    @model_validator(mode="after")
+    def _noise_has_a_bound(self) -> Self:
+        if (self.clip is None) != (self.eta is None):
+            missing, given = ("clip", "eta") if self.clip is None else ("eta", "clip")
+            raise ValueError(f"split.{given} needs split.{missing}; set both or neither")
+        return self
 
 
 class Adapter(_Table):
@@ -372,7 +387,9 @@ class Config(_Table):
     @model_validator(mode="after")
     def _labels_fit_the_task(self) -> Self:
         if self.base.task == "causal-lm" and self.data.labels:
-            raise ValueError("data.labels is for a base.task with labels; leave it out")
+            raise ValueError(
+                "data.labels is for base.task = text-classification, or for questions; leave it out"
+            )
         if self.base.task != "text-classification" and self.base.pooling != "mean":
             raise ValueError("base.pooling is for base.task = text-classification; leave it out")
         return self
@@ -397,6 +414,11 @@ class Config(_Table):
             raise ValueError(
                 f"base.placement = {self.base.placement} is for base.task = "
                 "visual-question-answering; leave it out"
+            )
+        if self.split.eta is not None and self.base.placement != "server":
+            raise ValueError(
+                "split.clip and split.eta protect what is sent to a base model at the server: set "
+                "base.placement = server, or leave them out"
             )
         return self
 
@@ -472,6 +494,11 @@ class Config(_Table):
             raise ValueError(
                 "train.method = forward-only compares two passes, and adapter.dropout would make "
                 "them two models; set it to 0"
+            )
+        if self.train.method == "forward-only" and self.split.eta is not None:
+            raise ValueError(
+                "train.method = forward-only compares two passes, and the noise of split.eta is "
+                "another in each; use train.method = backprop"
             )
         return self
 

@@ -115,7 +115,9 @@ class Cut(Record):
     """What passed between clients and a base model that they do not hold, without headers.
 
     Bytes are of trained examples, up (embeddings) and down (gradients); `floor` is the least for
-    so many tokens in this encoding. Evaluations are counted apart.
+    so many tokens in this encoding. Evaluations are counted apart. `clip` and `eta` are the noise
+    on embeddings, if there is any; its ε are of metric differential privacy and have nothing to do
+    with `Summary.epsilon`.
     """
 
     encoding: str
@@ -127,6 +129,11 @@ class Cut(Record):
     floor: int
     evaluated: int
     evaluation_bytes: int
+    clip: float | None = None  # L2 norm
+    eta: float | None = None  # per unit of distance
+    token_epsilon: float | None = None  # local, of one token in one release: eta * 2 * clip
+    passes: float | None = None  # how often one example was sent in training, where most often
+    example_epsilon: float | None = None  # token_epsilon * passes * tokens of a mean example
 
 
 @dataclass(frozen=True)

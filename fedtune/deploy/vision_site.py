@@ -14,6 +14,7 @@ from fedtune.simulation.vision import VisionClient, VisionModel
 from fedtune.train.channel import Meter
 from fedtune.train.cut import AcrossCut
 from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
+from fedtune.train.protection import protected
 from fedtune.train.torch_trainer import TorchTrainer
 from fedtune.train.trainer import Trainer
 
@@ -74,7 +75,7 @@ def _model(files: SiteFiles) -> tuple[VisionClient, str, str]:
         table,
         kit.manifest.max_tokens,
         kit.connector,
-        AcrossCut(remote, config.split.labels),
+        AcrossCut(protected(remote, config.split), config.split.labels),
     )
     digest = half.digest(kit.manifest.base_digest, answers)
     return half, digest, f"base model at {files.base_server}, kit {kit.digest[:16]}"

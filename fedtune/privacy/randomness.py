@@ -65,6 +65,18 @@ class SecureRandom:
             part[...] = self._gaussian(part.size)
         return values
 
+    def gamma(self, n: int, shape: int) -> NDArray[np.float64]:
+        """float64 `[n]`, Gamma of an integer `shape` of at least 1, scale 1.
+
+        The sum of `shape` exponentials, each the logarithm of a uniform number.
+        """
+        values = np.empty(n)
+        rows = max(1, _CHUNK // shape)
+        for start in range(0, n, rows):
+            part = values[start : start + rows]
+            part[...] = -np.log(self.uniform(part.size * shape)).reshape(-1, shape).sum(1)
+        return values
+
     def _gaussian(self, n: int) -> NDArray[np.float64]:
         half = (n + 1) // 2
         total = np.zeros((2, half))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fedtune.records import RoundRecord, Score, Summary
 from fedtune.report import charts, words
 from fedtune.report.comparison import REFERENCE_WORDS, compare
+from fedtune.report.cut_noise import cut_noise
 from fedtune.report.headline import headline
 from fedtune.report.heatmap import heat_map
 
@@ -50,6 +51,7 @@ def render_html(summary: Summary, rounds: Sequence[RoundRecord]) -> str:
             comparison=comparison,
             reference_words=REFERENCE_WORDS,
             **_cut(summary),
+            cut_noise=cut_noise(summary.cut),
             failures=[(r.round, name, why) for r in rounds for name, why in r.failed.items()],
         )
     )

@@ -12,6 +12,7 @@ from rich.text import Text
 from fedtune.records import Cut, Summary
 from fedtune.report import words
 from fedtune.report.comparison import REFERENCE_WORDS, Pair, compare, largest
+from fedtune.report.cut_noise import cut_noise
 from fedtune.report.headline import headline
 
 MOST_CLIENTS = 40  # a longer table scrolls the headline away; the HTML report has all
@@ -44,6 +45,7 @@ def print_summary(
     if summary.epsilon is not None:
         spent = f"privacy spent: epsilon {summary.epsilon:.3g} for {summary.epsilon_unit}"
         console.print(Text(words.printable(spent)))
+    _print_cut_noise(console, summary.cut)
     for warning in summary.warnings:
         console.print(Text(f"warning: {words.printable(warning)}", style="yellow"))
     _print_things(console, run_folder)
@@ -62,6 +64,7 @@ def print_ending(summary: Summary, console: Console, run_folder: Path) -> None:
     console.print(Text(f"{summary.status}: {', '.join(parts)}", style="bold"))
     if summary.cut is not None:
         console.print(Text(_cut_words(summary, summary.cut)), soft_wrap=True)
+    _print_cut_noise(console, summary.cut)
     for client in summary.per_client:
         if client.rounds_failed:
             failed = f"{words.printable(client.name)} failed in {client.rounds_failed} of them"
@@ -79,6 +82,11 @@ def _cut_words(summary: Summary, cut: Cut) -> str:
         f"{words.size(cut.bytes_down / each)} down per trained example, at least "
         f"{words.size(cut.floor / each)} together"
     )
+
+
+def _print_cut_noise(console: Console, cut: Cut | None) -> None:
+    if text := cut_noise(cut):
+        console.print(Text(text))
 
 
 def _print_things(console: Console, run_folder: Path) -> None:

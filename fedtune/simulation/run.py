@@ -42,6 +42,7 @@ from fedtune.round import federation as rounds
 from fedtune.round.masked import Authority
 from fedtune.round.server import GlobalState
 from fedtune.simulation import folder as names
+from fedtune.simulation.cut_account import account
 from fedtune.simulation.dropout import Dropout
 from fedtune.simulation.folder import CONNECTOR, RunFolder
 from fedtune.simulation.job import Job, JobClient
@@ -317,6 +318,9 @@ class Simulation(Observer):
         asked = counted + sum(len(r.failed) for r in records)
         up, down = sum(r.bytes_up for r in records), sum(r.bytes_down for r in records)
         failure = (f"the run failed: {error}",) if error else ()
+        clients = tuple(
+            self._client(place, client, records) for place, client in enumerate(job.clients)
+        )
         return Summary(
             name=self._run.path.name,
             status=status,
@@ -326,9 +330,7 @@ class Simulation(Observer):
             final=scores[-1] if scores else None,
             best=best,
             labels=job.labels,
-            per_client=tuple(
-                self._client(place, client, records) for place, client in enumerate(job.clients)
-            ),
+            per_client=clients,
             references=self._reference_records(),
             bytes_up_per_client_round=up // counted if counted else 0,
             bytes_down_per_client_round=down // asked if asked else 0,
@@ -350,7 +352,7 @@ class Simulation(Observer):
             warnings=(*job.warnings, *self._refused, *failure),
             versions=_versions(),
             samples=self._samples(),
-            cut=cut_record(job),
+            cut=cut_record(job, clients),
         )
 
     def _samples(self) -> tuple[Sample, ...]:
@@ -442,7 +444,7 @@ class Simulation(Observer):
         )
 
 
-def cut_record(job: Job) -> Cut | None:
+def cut_record(job: Job, per_client: Sequence[ClientSummary]) -> Cut | None:
     """What has passed the cut, if there is one."""
     if job.meter is None or job.config.base.placement == "client":
         return None
@@ -458,6 +460,7 @@ def cut_record(job: Job) -> Cut | None:
         floor=2 * encoded_bytes(found.tokens, width, split.activations),
         evaluated=found.evaluated,
         evaluation_bytes=found.evaluation_bytes,
+        **account(job.config, found, per_client),
     )
 
 

@@ -28,8 +28,9 @@ from fedtune.cache import cache_folder
 from fedtune.config import Config
 from fedtune.data.questions import Captions, QuestionExamples
 from fedtune.errors import BaseModelError, ConfigError, DataError
-from fedtune.train.channel import Channel, InProcessCarrier, Meter
+from fedtune.train.channel import Meter, in_process_channel
 from fedtune.train.cut import AcrossCut, Behind, InProcessBase, WholeModel
+from fedtune.train.protection import protected
 from fedtune.train.questions import EncodedQuestions, QuestionAnswering, encode_questions
 from fedtune.types import digest_of
 
@@ -99,9 +100,9 @@ class VisionModel:
         behind: Behind = WholeModel(self.decoder)
         if config.base.placement == "server":
             # The same arithmetic as over a network, but for the network.
-            encoding = config.split.activations
-            carrier = InProcessCarrier(InProcessBase(self.decoder), self.decoder.width, encoding)
-            behind = AcrossCut(Channel(carrier, encoding, self.meter), config.split.labels)
+            whole, encoding = InProcessBase(self.decoder), config.split.activations
+            remote = in_process_channel(whole, self.decoder.width, encoding, self.meter)
+            behind = AcrossCut(protected(remote, config.split), config.split.labels)
         table: nn.Embedding = self.base.module.get_input_embeddings()  # type: ignore[operator]
         connector = find_connector(config, self.base, public)
         tokenizer, longest = self.base.tokenizer, self.base.max_tokens

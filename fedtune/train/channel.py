@@ -206,3 +206,8 @@ def unpack(
 def _counting(longest: int, lengths: Int64Array) -> NDArray[np.bool_]:
     found: NDArray[np.bool_] = np.arange(longest) < lengths[:, None]
     return found
+
+
+def in_process_channel(remote: RemoteBase, width: int, encoding: Encoding, meter: Meter) -> Channel:
+    """A channel to a base model in this process, whose embeddings have `width` values."""
+    return Channel(InProcessCarrier(remote, width, encoding), encoding, meter)

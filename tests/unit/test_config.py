@@ -265,12 +265,14 @@ def _other(key: str, default: object) -> str:
         "base.path": ["other"],
         "base.digest": ["ab" * 32],
         "base.task": ["causal-lm"],
-        "base.connector-digest": ["cd" * 32],
-        "base.placement": ["server"],
         "base.pooling": ["cls", "mean"],
+        "train.method": ["forward-only"],
+        "base.placement": ["server"],
+        "base.connector-digest": [f'"{"ab" * 32}"'],
         "split.labels": ["client"],
         "split.activations": ["int8"],
-        "train.method": ["forward-only"],
+        "split.clip": ["4.0"],
+        "split.eta": ["50.0"],
         "train.schedule": ["linear", "cosine"],
         "train.optimizer": ["sgd", "adamw"],
         "train.precision": ["bf16", "float32"],
@@ -296,10 +298,13 @@ def _other(key: str, default: object) -> str:
 
 
 # What a key needs beside it to be allowed.
-_VISION = ['base.task="visual-question-answering"', 'adapter.kind="nano"']
 _FORWARD_ONLY = ['train.method="forward-only"', 'train.optimizer="sgd"']
+_VISION = ['base.task="visual-question-answering"', 'adapter.kind="nano"']
+_AT_SERVER = [*_VISION, 'base.placement="server"']
 _COMPANIONS = {
     "base.placement": _VISION,
+    "split.clip": [*_AT_SERVER, "split.eta=60.0"],
+    "split.eta": [*_AT_SERVER, "split.clip=5.0"],
     "train.method": _FORWARD_ONLY[1:],
     "train.directions": _FORWARD_ONLY,
     "train.perturbation": _FORWARD_ONLY,
@@ -316,7 +321,7 @@ _COMPANIONS = {
 def test_everything_else_is_in_the_digest():
     digests = {"": Config().digest}
     not_agreed = {"base.path", "base.connector", "train.device", "train.threads"}
-    # Others of these come only together with another key.
+    # There is one encoder, and the others go with keys of their own.
     not_agreed |= {"base.encoder", "adapter.kind", "aggregate.rule"}
     for name, table in _tables().items():
         for key, field in table.model_fields.items():

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fedtune.base.answering import AnsweringDecoder
 from fedtune.base.causal import CausalBase
-from fedtune.train.channel import Channel, CutTraffic, Meter
+from fedtune.train.channel import CutTraffic, Meter, in_process_channel
 from fedtune.train.cut import AcrossCut, Behind, InProcessBase, WholeModel
 
 ANSWERS = ("yes", "no", "red", "circle")
@@ -78,7 +78,7 @@ def test_without_a_gradient_none_is_asked_for(
 ) -> None:
     """Forward-only training needs the loss alone."""
     meter = Meter()
-    behind = AcrossCut(Channel(InProcessBase(decoder), "float32", meter))
+    behind = AcrossCut(in_process_channel(InProcessBase(decoder), decoder.width, "float32", meter))
     with torch.inference_mode():
         loss = behind.loss(embeddings, LENGTHS, LABELS)
     expected = functional.cross_entropy(decoder.scores(embeddings, LENGTHS), LABELS)
@@ -101,7 +101,9 @@ def test_a_channel_rounds_and_counts(
 ) -> None:
     meter = Meter()
     _, expected = gradient(WholeModel(decoder), embeddings)
-    behind = AcrossCut(Channel(InProcessBase(decoder), encoding, meter), labels)
+    behind = AcrossCut(
+        in_process_channel(InProcessBase(decoder), decoder.width, encoding, meter), labels
+    )
     _, found = gradient(behind, embeddings)
     error = float((found - expected).norm() / expected.norm())
     assert error < largest

@@ -1,0 +1,27 @@
+"""One sentence about the noise on what passed the cut."""
+
+from __future__ import annotations
+
+from fedtune.records import Cut
+
+
+def cut_noise(cut: Cut | None) -> str | None:
+    """What the noise is and what it comes to; None without noise."""
+    if cut is None or cut.clip is None or cut.eta is None:
+        return None
+    text = (
+        f"noise on embeddings (metric differential privacy): clip {cut.clip:g}, eta {cut.eta:g}; "
+        f"local epsilon {_large(cut.token_epsilon or 0.0)} for one token, sent once"
+    )
+    if cut.passes and cut.example_epsilon:
+        text += (
+            f", {_large(cut.example_epsilon)} for all of an example's tokens over the run, "
+            f"sent {cut.passes:.1f} times"
+        )
+    return f"{text}. It is about what a token is, not about whether a record or client took part"
+
+
+def _large(value: float) -> str:
+    """Three digits, and no exponent."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
