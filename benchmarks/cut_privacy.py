@@ -5,9 +5,9 @@
 
 Attackers are those of tests/adversary. They host the language model: they know the token table and
 the NanoAdapters of the round, all settings of the noise, the public images of easy-VQA, and for
-"whole question" its 107 kinds of questions. NanoAdapters are moved at random, by about half of an
-embedding's length, in the place of trained ones. `--accuracy` trains NanoAdapters centrally with
-that noise, so many steps of 8 examples for each eta: minutes.
+"whole question" all questions that are ever asked. NanoAdapters are moved at random, by about half
+of an embedding's length, in the place of trained ones. `--accuracy` trains NanoAdapters centrally
+with that noise, so many steps of 8 examples for each eta: minutes.
 """
 
 from __future__ import annotations

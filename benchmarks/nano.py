@@ -110,11 +110,8 @@ def prepare(folder: Path, port: int) -> None:
             certificate="../server-keys/ca.crt",
         ).replace("train.csv", "train.jsonl")
         text = text.replace("[site]\n", f'[site]\nbase-server = "127.0.0.1:{port}"\n')
-        machine = f'[machine]
-kit = "../kit"
-threads = {THREADS}'
-        text = text.replace("[machine]
-threads = 1", machine)
+        machine = f'[machine]\nkit = "../kit"\nthreads = {THREADS}'
+        text = text.replace("[machine]\nthreads = 1", machine)
         (site / "client.toml").write_text(text)
         (site / "whole.toml").write_text(text.replace("../federation.toml", "../whole.toml"))
     make_roster(folder / "roster.toml", folder / "server-keys", public)
@@ -178,9 +175,7 @@ def memory(folder: Path) -> None:
                 [str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True
             )
             found[placement].append(json.loads(done.stdout.splitlines()[-1]))
-    print(
-        "| base.placement | peak RSS MiB | lowest to highest | ms of a step of 8 |"
-    )
+    print("| base.placement | peak RSS MiB | lowest to highest | ms of a step of 8 |")
     print("|---|---|---|---|")
     for placement, values in found.items():
         peaks = [value["peak"] for value in values]
@@ -212,9 +207,7 @@ def throughput(folder: Path) -> None:
     for base, _ in bases:
         base.close()
     total = CLIENTS * REQUESTS
-    print(
-        "\n| four clients, 40 tokens a request | examples a second | lowest to highest |"
-    )
+    print("\n| four clients, 40 tokens a request | examples a second | lowest to highest |")
     print("|---|---|---|")
     for name, times in (("one after another", alone), ("together", together)):
         rates = [total / seconds for seconds in times]

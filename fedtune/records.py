@@ -132,8 +132,9 @@ class Cut(Record):
     clip: float | None = None  # L2 norm
     eta: float | None = None  # per unit of distance
     token_epsilon: float | None = None  # local, of one token in one release: eta * 2 * clip
-    passes: float | None = None  # how often one example was sent in training, where most often
-    example_epsilon: float | None = None  # token_epsilon * passes * tokens of a mean example
+    passes: float | None = None  # how often an example was sent in training: mean of one client,
+    sendings: int | None = None  # and at most; both where it was most often
+    example_epsilon: float | None = None  # token_epsilon * sendings * tokens of a mean example
 
 
 @dataclass(frozen=True)

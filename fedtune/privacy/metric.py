@@ -4,7 +4,7 @@ A vector is clipped to an L2 norm and gets noise whose density at z is proportio
 exp(-η ‖z‖). Two vectors at distance d are then told apart as hardly as under an ε of η · d: for
 every outcome, its densities given the one and the other differ by a factor of at most exp(η d), by
 the triangle inequality (Chatzikokolakis et al. 2013; for embeddings of words Feyisetan et al. 2020,
-arXiv 1910.08902, section 2.6; at the cut of a split model Shen et al. 2023, arXiv 2312.15603).
+arXiv 1910.08902; at the cut of a split model Shen et al. 2023, arXiv 2312.15603).
 Clipping brings no two vectors further apart, so the bound holds for the distance before it, too.
 
 This ε is not that of `privacy.accountant`: it is about what one token is, in one release, and says
@@ -81,7 +81,7 @@ def metric_noise(n: int, width: int, eta: float, random: SecureRandom) -> NDArra
     """Draws of the density proportional to exp(-`eta` ‖z‖), float64 `[n, width]`.
 
     In spherical coordinates: a direction, uniform on the sphere, and a length of density
-    r^(width-1) exp(-eta r), which is Gamma(width, 1/eta) (Feyisetan et al. 2020, section 2.6).
+    r^(width-1) exp(-eta r), which is Gamma(width, 1/eta).
     """
     directions = random.gaussian(n * width).reshape(n, width)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)

@@ -13,10 +13,10 @@ def cut_noise(cut: Cut | None) -> str | None:
         f"noise on embeddings (metric differential privacy): clip {cut.clip:g}, eta {cut.eta:g}; "
         f"local epsilon {_large(cut.token_epsilon or 0.0)} for one token, sent once"
     )
-    if cut.passes and cut.example_epsilon:
+    if cut.sendings and cut.passes and cut.example_epsilon:
         text += (
-            f", {_large(cut.example_epsilon)} for all of an example's tokens over the run, "
-            f"sent {cut.passes:.1f} times"
+            f", {_large(cut.example_epsilon)} for all tokens of an example over the run, "
+            f"sent up to {cut.sendings} times ({cut.passes:.2g} on average)"
         )
     return f"{text}. It is about what a token is, not about whether a record or client took part"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
+from typing import Any
 
 from fedtune.config import Config
 from fedtune.records import ClientSummary
@@ -11,30 +13,28 @@ from fedtune.train.protection import metric_privacy
 
 
 def account(
-    config: Config, traffic: CutTraffic, clients: Iterable[ClientSummary]
-) -> dict[str, float]:
+    config: Config, traffic: CutTraffic, clients: Sequence[ClientSummary]
+) -> dict[str, Any]:
     """The fields of `records.Cut` that are about noise; none if there is none.
 
-    Batches go through a client's data in turn, so an example was sent as often as there were passes
-    over them, give or take one. It counts where there were most: at the client with the fewest
-    examples for its rounds. A round that failed may have sent everything. Evaluations are left out:
-    the common test set is the server's own.
+    Each round's batches go through a client's data in an order of their own, and begin anew when
+    all were seen: an example is sent at most as often as passes were begun, in every round. It
+    counts where that was most. A round that failed may have sent everything. Evaluations are left
+    out: the common test set is the server's own.
     """
     privacy = metric_privacy(config.split)
     if privacy is None:
         return {}
     train = config.train
-    passes = max(
-        (client.rounds_completed + client.rounds_failed)
-        * train.steps
-        * min(1.0, train.batch_size / client.examples)
-        for client in clients
-    )
+    rounds = [client.rounds_completed + client.rounds_failed for client in clients]
+    passes = [train.steps * min(1.0, train.batch_size / client.examples) for client in clients]
+    sendings = max(n * math.ceil(each) for n, each in zip(rounds, passes, strict=True))
     tokens = traffic.tokens / max(1, traffic.trained)
     return {
         "clip": privacy.clip,
         "eta": privacy.eta,
         "token_epsilon": privacy.epsilon,
-        "passes": passes,
-        "example_epsilon": privacy.epsilon * tokens * passes,
+        "passes": max(n * each for n, each in zip(rounds, passes, strict=True)),
+        "sendings": sendings,
+        "example_epsilon": privacy.epsilon * tokens * sendings,
     }

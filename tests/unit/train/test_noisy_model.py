@@ -16,6 +16,7 @@ from fedtune.records import ClientSummary
 from fedtune.report.cut_noise import cut_noise
 from fedtune.simulation import vision
 from fedtune.simulation.cut_account import account
+from fedtune.train.batches import plan_batches
 from fedtune.train.channel import CutTraffic
 from fedtune.train.cut import InProcessBase
 
@@ -98,10 +99,15 @@ def test_the_account_is_of_the_client_that_sent_an_example_most_often() -> None:
     clients = [_client(1000, 5), _client(40, 4, failed=1), _client(4, 1)]
     noisy = parse_config("", "test", [*sets, *NOISE])
     found = account(noisy, traffic, clients)
-    # eta · 2 · clip = 20. Site 2: 5 rounds of 80 examples out of 40; site 3: a batch is all it has.
+    # eta · 2 · clip = 20. Five rounds of 80 examples each, out of 1,000 and out of 40; the third
+    # client has less than a batch, and sends all of it in each of 10 steps.
     assert found["token_epsilon"] == 20
     assert found["passes"] == max(5 * 80 / 1000, 5 * 80 / 40, 10)
+    assert found["sendings"] == max(5 * 1, 5 * 2, 10)
     assert found["example_epsilon"] == 20 * 10 * 12
+    # Each round draws anew, so an example of the first client can be in all of them.
+    alone = account(noisy, traffic, clients[:1])
+    assert (alone["sendings"], alone["passes"]) == (5, 5 * 80 / 1000)
     assert account(parse_config("", "test", sets), traffic, clients) == {}
 
 
@@ -110,10 +116,27 @@ def test_the_report_names_the_noise_for_what_it_is() -> None:
 
     plain = Cut("float16", "server", 200, 2400, 1, 1, 1, 0, 0)
     assert cut_noise(plain) is None
-    noisy = Cut("float16", "server", 200, 2400, 1, 1, 1, 0, 0, 2.0, 5.0, 20.0, 10.0, 2400.0)
+    noisy = Cut("float16", "server", 200, 2400, 1, 1, 1, 0, 0, 2.0, 5.0, 20.0, 2.5, 10, 2400.0)
     text = cut_noise(noisy)
     assert text is not None
-    for part in ("metric", "clip 2, eta 5", "epsilon 20 for one token", "2,400", "10.0 times"):
+    for part in (
+        "metric",
+        "clip 2, eta 5",
+        "epsilon 20 for one token",
+        "2,400",
+        "up to 10 times (2.5 on",
+    ):
         assert part in text
     assert Cut.from_json(noisy.to_json()) == noisy
     assert Cut.from_json(plain.to_json()) == plain
+
+
+@pytest.mark.parametrize(("rows", "steps", "size"), [(40, 10, 8), (13, 9, 4), (100, 3, 8)])
+def test_no_batches_send_an_example_more_often_than_the_account_says(
+    rows: int, steps: int, size: int
+) -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(3, 12, rows)
+        sent = np.bincount(np.concatenate(list(plan_batches(lengths, steps, size, rng))))
+        assert sent.max() <= -(-steps * size // rows)
