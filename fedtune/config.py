@@ -156,6 +156,10 @@ class Train(_Table):
     perturbation: Positive = PERTURBATION
     """`forward-only`: how far along a direction the two losses are taken, as a length in the
     adapter's space."""
+    probes: int = Field(default=1, ge=1, le=65_536)
+    """`forward-only` with `base.placement = "server"`: along how many directions a step looks. The
+    server says the gradient at the cut, once a step; each direction costs two passes of the
+    client's half."""
     steps: int = Field(default=20, ge=1, le=1_000_000)
     """Optimizer steps per client and round."""
     batch_size: int = Field(default=8, ge=1, le=65_536)
@@ -489,6 +493,15 @@ class Config(_Table):
         return self
 
     @model_validator(mode="after")
+    def _probes_are_in_front_of_a_cut(self) -> Self:
+        if self.train.probes != 1 and not self.slopes_at_the_cut:
+            raise ValueError(
+                "train.probes is for train.method = forward-only with base.placement = server; "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _two_passes_are_of_one_model(self) -> Self:
         if self.train.method == "forward-only" and self.adapter.dropout:
             raise ValueError(
@@ -510,6 +523,11 @@ class Config(_Table):
         """How many values a client sends, of an adapter of so many or of what is trained of it."""
         trained = self.values_trained(adapter)
         return 2 * trained if self.aggregate.rule == "fisher" else trained
+
+    @property
+    def slopes_at_the_cut(self) -> bool:
+        """Whether training without gradients uses those that the base model has."""
+        return self.train.method == "forward-only" and self.base.placement == "server"
 
     @property
     def has_labels(self) -> bool:

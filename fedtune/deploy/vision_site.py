@@ -15,7 +15,8 @@ from fedtune.simulation.vision import VisionClient, VisionModel
 from fedtune.split.client import GrpcBase
 from fedtune.train.channel import Meter
 from fedtune.train.cut import AcrossCut
-from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
+from fedtune.train.cut_forward import forward_trainer
+from fedtune.train.forward_only import directions_of
 from fedtune.train.protection import protected
 from fedtune.train.torch_trainer import TorchTrainer
 from fedtune.train.trainer import Trainer
@@ -39,7 +40,7 @@ def load_questions(files: SiteFiles) -> SiteTraining:
     trainer: Trainer = torch_trainer
     if config.train.method == "forward-only":
         directions = directions_of(config, half.adapter.manifest, half.adapter.read())
-        trainer = ForwardOnlyTrainer(torch_trainer, directions, config.train.perturbation)
+        trainer = forward_trainer(config, torch_trainer, half.adapter, half.task, directions)
     return SiteTraining(trainer, half.prepare(train), half.prepare(test) if test else None, words)
 
 

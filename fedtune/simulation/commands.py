@@ -83,6 +83,8 @@ def simulate(request: SimulateRequest, as_json: bool) -> int:
         from fedtune.simulation.jobs import make_job
         from fedtune.simulation.run import Options, Simulation, check_same_job, create_run
 
+        if config.base.task == "visual-question-answering":
+            progress.note("loading the model; features of images are computed the first time")
         job = make_job(config)
         if run is None:
             path = request.out or free_path(RUNS, _name(request))

@@ -31,8 +31,9 @@ from fedtune.round.local import record_privacy
 from fedtune.round.membership import Membership
 from fedtune.round.terms import make_quantizer, make_terms
 from fedtune.train.channel import Metered
+from fedtune.train.cut_forward import forward_trainer
 from fedtune.train.directions import Directions
-from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
+from fedtune.train.forward_only import directions_of
 from fedtune.train.private import RecordPrivacy
 from fedtune.train.task import (
     TASKS,
@@ -120,7 +121,7 @@ class Job:
     def _trainer(self, model: TorchTrainer) -> Trainer:
         if self.directions is None:
             return model
-        return ForwardOnlyTrainer(model, self.directions, self.config.train.perturbation)
+        return forward_trainer(self.config, model, self.adapter, self.task, self.directions)
 
     def trainer_of(self, place: int) -> Trainer:
         """What the client in `place` trains with, which its number of examples may decide."""

@@ -130,6 +130,14 @@ class AcrossCut:
         found: Tensor = apply(embeddings, lengths, labels, self._remote, self._labels)
         return found
 
+    def differentiate(
+        self, embeddings: Tensor, lengths: Tensor, labels: Tensor
+    ) -> tuple[float, Tensor]:
+        """The mean loss and its gradient by `embeddings`, without a graph."""
+        sent, counts = _array(embeddings), lengths.cpu().numpy()
+        loss, gradient = _differentiate(self._remote, self._labels, sent, counts, labels)
+        return loss, torch.from_numpy(gradient).to(embeddings.device) / len(gradient)
+
     def scores(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
         """See `Behind.scores`."""
         found = self._remote.scores(_array(embeddings), lengths.cpu().numpy())
@@ -149,12 +157,11 @@ class _CutLoss(torch.autograd.Function):
         where: Labels,
     ) -> Tensor:
         sent, counts = _array(embeddings), lengths.cpu().numpy()
-        if not ctx.needs_input_grad[0] or where == "client":
-            loss, gradient = _own_loss(sent, counts, labels, remote, ctx.needs_input_grad[0])
+        if ctx.needs_input_grad[0]:
+            loss, ctx.gradient = _differentiate(remote, where, sent, counts, labels)
         else:
-            losses, gradient = remote.differentiate(sent, counts, labels.cpu().numpy())
-            loss = float(losses.mean())
-        ctx.gradient = gradient
+            logits = torch.from_numpy(remote.scores(sent, counts))
+            loss = float(functional.cross_entropy(logits, labels.cpu()))
         ctx.device = embeddings.device
         return torch.tensor(loss, device=embeddings.device)
 
@@ -164,17 +171,17 @@ class _CutLoss(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def _own_loss(
+def _differentiate(
+    remote: RemoteBase,
+    where: Labels,
     sent: Float32Array,
     lengths: NDArray[np.int64],
     labels: Tensor,
-    remote: RemoteBase,
-    differentiate: bool,
-) -> tuple[float, Float32Array | None]:
-    """The loss from logits, at home; and the gradient of the sum of losses at the cut."""
-    if not differentiate:
-        logits = torch.from_numpy(remote.scores(sent, lengths))
-        return float(functional.cross_entropy(logits, labels.cpu())), None
+) -> tuple[float, Float32Array]:
+    """The mean loss, and the gradient of the sum of losses at the cut."""
+    if where == "server":
+        losses, gradient = remote.differentiate(sent, lengths, labels.cpu().numpy())
+        return float(losses.mean()), gradient
     found: list[float] = []
 
     def upstream(scores: Float32Array) -> Float32Array:
@@ -186,7 +193,8 @@ def _own_loss(
         return gradient.numpy()
 
     gradient = remote.pull_back(sent, lengths, upstream)
-    return found[0], gradient
+    # Of several tries the last one counts.
+    return found[-1], gradient
 
 
 def _array(embeddings: Tensor) -> Float32Array:

@@ -21,7 +21,7 @@ class Directions:
     Every other direction moves the tensors that are trained whole, such as a new head, and the
     rest moves LoRA's B matrices: a step along one that moves both would mostly be noise for the
     many values of B, which the slope at the few of a head decides. The A matrices stay as they
-    are (Sun et al. 2024, arXiv 2403.12313).
+    are (Sun et al. 2024, arXiv 2403.12313), and so does what leads down in a NanoAdapter.
 
     Within what it moves, a direction has the same size everywhere and a random sign. Directions of
     one kind are nearly orthogonal: the length of `c` is about that of the adapter's change.
@@ -96,7 +96,7 @@ def _moved(adapter: Manifest) -> list[NDArray[np.int64]]:
     kinds: dict[bool, list[NDArray[np.int64]]] = {False: [], True: []}
     start = 0
     for tensor in adapter.tensors:
-        if ".lora_A." not in tensor.name:
+        if ".lora_A." not in tensor.name and ".down." not in tensor.name:
             kinds[".lora_B." in tensor.name].append(np.arange(start, start + tensor.size))
         start += tensor.size
     return [np.concatenate(places) for places in kinds.values() if places]

@@ -98,7 +98,7 @@ class QuestionAnswering:
 
     def __init__(self, pad_id: int, behind: Behind) -> None:
         self._pad_id = pad_id
-        self._behind = behind
+        self.behind = behind
 
     def batch(
         self, data: EncodedQuestions, rows: NDArray[np.int64], device: torch.device
@@ -116,11 +116,11 @@ class QuestionAnswering:
         """Mean cross-entropy over the answers."""
         prompt, labels = batch
         embeddings, lengths = module(prompt)
-        return self._behind.loss(embeddings, lengths, labels)
+        return self.behind.loss(embeddings, lengths, labels)
 
     def outputs(self, module: nn.Module, batch: tuple[Prompt, Tensor]) -> Outputs:
         """Cross-entropy, and the likeliest answer of each question."""
         prompt, labels = batch
-        logits = self._behind.scores(*module(prompt))
+        logits = self.behind.scores(*module(prompt))
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         return Outputs(loss, logits.argmax(-1).cpu().numpy(), labels.cpu().numpy())

@@ -86,6 +86,20 @@ def test_coarser_activations_learn_nearly_the_same_and_say_what_they_cost(runs: 
     assert read_summary(runs("base.placement=client"))["cut"] is None
 
 
+def test_without_gradients_at_the_client_the_loss_falls_too(runs: Runs) -> None:
+    run = runs(
+        *("train.method=forward-only", "train.optimizer=sgd", "train.lr=30.0"),
+        *("train.max-grad-norm=unset", "train.directions=64", "train.probes=64"),
+        *("train.perturbation=0.01", "train.steps=10", "aggregate.rule=fedavg"),
+    )
+    summary = read_summary(run)
+    base = next(r for r in summary["references"] if r["name"] == "base")
+    assert summary["final"]["loss"] < base["loss"] - 0.02
+    # What travels is one number a direction; what passes the cut is one exchange a step.
+    assert summary["bytes_up_per_client_round"] < 1500
+    assert summary["cut"]["examples"] == SITES * ROUNDS * 10 * BATCH
+
+
 def test_what_the_report_shows(runs: Runs, questions: Path) -> None:
     run = runs("split.labels=server")
     summary, page = read_summary(run), (run / "report.html").read_text()

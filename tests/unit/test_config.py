@@ -307,6 +307,7 @@ _COMPANIONS = {
     "split.eta": [*_AT_SERVER, "split.clip=5.0"],
     "train.method": _FORWARD_ONLY[1:],
     "train.directions": _FORWARD_ONLY,
+    "train.probes": [*_FORWARD_ONLY, *_AT_SERVER],
     "train.perturbation": _FORWARD_ONLY,
     "aggregate.fisher-damping": ['aggregate.rule="fisher"'],
     "update.clip": ["update.bits=10"],

@@ -1,0 +1,163 @@
+"""Training without gradients in front of a cut, where the base model has the gradient.
+
+The server differentiates its half, the client passes its own forward only (the split of HO-SFL):
+of the loss L(h(θ)) with h the client's half, ∇L at the cut comes from the server, and the slope
+along a direction d is ⟨∇L, (h(θ + εd) - h(θ - εd)) / 2ε⟩. However many directions a step looks
+along, it asks the server once; a client needs nothing but inference.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedtune.adapter.lora import AttachedAdapter
+from fedtune.config import Config
+from fedtune.errors import TrainingError
+from fedtune.train.cut import AcrossCut
+from fedtune.train.directions import Directions
+from fedtune.train.forward_only import ForwardOnlyTrainer, passes
+from fedtune.train.questions import EncodedQuestions, QuestionAnswering
+from fedtune.train.task import Task
+from fedtune.train.torch_trainer import TorchTrainer
+from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
+from fedtune.types import Float32Vector, Manifest
+
+
+class CutModel(Protocol):
+    """A client's half, and the base model behind it."""
+
+    @property
+    def base_digest(self) -> str: ...
+
+    def open(self, data: Dataset, rows: NDArray[np.int64]) -> OpenBatch:
+        """The batch of these rows, for passes at several adapters."""
+
+    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
+        """Evaluate `adapter` on all rows of `data`."""
+
+
+class OpenBatch(Protocol):
+    """One batch."""
+
+    def embeddings(self, adapter: Float32Vector) -> Tensor:
+        """What the client's half makes of it, `[n, longest, width]`; no gradient is kept."""
+
+    def differentiate(self, embeddings: Tensor) -> tuple[float, Tensor]:
+        """The mean loss, and its gradient by the embeddings."""
+
+
+class CutForwardTrainer:
+    """Trains coordinates of `directions`, `probes` of them in each step."""
+
+    def __init__(
+        self, model: CutModel, directions: Directions, perturbation: float, probes: int
+    ) -> None:
+        """`perturbation` is how far it goes along a direction, both ways, to find the slope."""
+        self._model, self._directions = model, directions
+        self._perturbation, self._probes = perturbation, min(probes, directions.count)
+
+    @property
+    def manifest(self) -> Manifest:
+        """One tensor, the coordinates."""
+        return self._directions.manifest
+
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 of all that is frozen."""
+        return self._model.base_digest
+
+    def train(self, adapter: Float32Vector, data: Dataset, plan: LocalPlan) -> LocalResult:
+        """Train from these coordinates by SGD; raises `TrainingError` if a slope is not finite."""
+        started = time.perf_counter()
+        directions, away = self._directions, self._perturbation
+        coordinates, losses = adapter.copy(), []
+        here = directions.expand(coordinates)
+        numbers = passes(directions.count, plan.seed)
+        for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
+            batch = self._model.open(data, rows)
+            loss, gradient = batch.differentiate(batch.embeddings(here))
+            steps = []
+            for number in islice(numbers, self._probes):
+                above, below = (
+                    batch.embeddings(directions.move(here, number, side)) for side in (away, -away)
+                )
+                slope = float((gradient * (above - below)).sum()) / (2 * away)
+                steps.append((number, -lr * slope))
+            for number, step in steps:
+                if not abs(step) < np.finfo(np.float32).max:  # NaN is not either
+                    raise TrainingError("the loss is no longer finite; lower train.lr")
+                here = directions.move(here, number, step)
+                coordinates[number] += np.float32(step)
+            losses.append(loss)
+        return LocalResult(coordinates, float(np.mean(losses)), time.perf_counter() - started)
+
+    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
+        """Evaluate the adapter at these coordinates."""
+        return self._model.evaluate(self._directions.expand(adapter), data)
+
+
+class TorchCutModel:
+    """A client's half in torch, in inference mode only."""
+
+    def __init__(
+        self, trainer: TorchTrainer, adapter: AttachedAdapter, task: QuestionAnswering
+    ) -> None:
+        """`trainer` is of this adapter and task; raises `ValueError` if there is no cut."""
+        if not isinstance(task.behind, AcrossCut):
+            raise ValueError("the base model is not behind a cut")
+        self._trainer, self._adapter, self._task = trainer, adapter, task
+        self._behind = task.behind
+
+    @property
+    def base_digest(self) -> str:
+        """See `CutModel.base_digest`."""
+        return self._trainer.base_digest
+
+    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
+        """See `CutModel.evaluate`."""
+        return self._trainer.evaluate(adapter, data)
+
+    def open(self, data: Dataset, rows: NDArray[np.int64]) -> OpenBatch:
+        """See `CutModel.open`."""
+        if not isinstance(data, EncodedQuestions):
+            raise TypeError("not questions")
+        prompt, labels = self._task.batch(data, rows, self._trainer.device)
+        adapter, behind = self._adapter, self._behind
+        adapter.module.eval()
+        lengths: list[Tensor] = []
+
+        class Opened:
+            def embeddings(self, vector: Float32Vector) -> Tensor:
+                adapter.write(vector)
+                with torch.inference_mode():
+                    outputs: tuple[Tensor, Tensor] = adapter.module(prompt)
+                found, counts = outputs
+                lengths[:] = [counts]
+                return found
+
+            def differentiate(self, embeddings: Tensor) -> tuple[float, Tensor]:
+                return behind.differentiate(embeddings, lengths[0], labels)
+
+        return Opened()
+
+
+def forward_trainer(
+    config: Config,
+    trainer: TorchTrainer,
+    adapter: AttachedAdapter,
+    task: Task,
+    directions: Directions,
+) -> ForwardOnlyTrainer | CutForwardTrainer:
+    """What trains without gradients, by where the base model is."""
+    away = config.train.perturbation
+    if config.slopes_at_the_cut and isinstance(task, QuestionAnswering):
+        model = TorchCutModel(trainer, adapter, task)
+        return CutForwardTrainer(model, directions, away, config.train.probes)
+    return ForwardOnlyTrainer(trainer, directions, away)
