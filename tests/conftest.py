@@ -102,6 +102,16 @@ def answering_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def split_keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys of a server at the loopback address, as `fedtune keys server` makes them."""
+    from fedtune.deploy.keys import make_server_keys
+
+    folder = tmp_path_factory.mktemp("keys") / "server-keys"
+    make_server_keys(folder, ["127.0.0.1"])
+    return folder
+
+
+@pytest.fixture(scope="session")
 def build_artifacts() -> Callable[..., Any]:
     """Build edge artifacts of a configuration; the model of which they were made."""
     from fedtune.config import parse_config

@@ -90,6 +90,14 @@ class RawClient:
         finally:
             timer.cancel()
 
+    def end(self) -> Ended:
+        """How the stream ends, whatever comes before."""
+        try:
+            while True:
+                self.hear()
+        except Ended as ended:
+            return ended
+
     def close(self) -> None:
         """Break it off."""
         if self._call is not None:

@@ -10,7 +10,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,13 +35,52 @@ from fedtune.wire.split import Terms
 ANSWERS = ("fracture", "renal", "left", "with", "sepsis")
 FEDERATION = "ab" * 32
 HOST = "127.0.0.1"
-START_SECONDS = 120
+LONG = 60.0  # seconds; nothing takes so long unless something is wrong
 SHORT = Patience(total=60.0, connect=20.0)
 
 
 def load_decoder(folder: Path) -> AnsweringDecoder:
     """The tiny decoder, with answers."""
     return AnsweringDecoder(CausalBase(str(folder)), ANSWERS)
+
+
+class Held:
+    """A decoder that computes only while its gate is open, and remembers how much."""
+
+    def __init__(self, decoder: AnsweringDecoder) -> None:
+        self.decoder = decoder
+        self.gate, self.entered = threading.Event(), threading.Semaphore(0)
+        self.gate.set()
+        self.rows: list[int] = []
+        self.inputs: list[weakref.ref[Any]] = []
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
+
+    def scores(self, embeddings: Any, lengths: Any) -> Any:
+        """See `AnsweringDecoder.scores`."""
+        self.rows.append(len(lengths))
+        self.inputs.append(weakref.ref(embeddings))
+        self.entered.release()
+        assert self.gate.wait(LONG)
+        if self.error is not None:
+            raise self.error
+        return self.decoder.scores(embeddings, lengths)
+
+
+class HeldByFile(AnsweringDecoder):
+    """One that says in a file when it begins, and goes on when another is gone."""
+
+    begun: Path
+    hold: Path
+
+    def scores(self, embeddings: Any, lengths: Any) -> Any:
+        """See `AnsweringDecoder.scores`."""
+        self.begun.touch()
+        while self.hold.exists():
+            time.sleep(0.01)
+        return super().scores(embeddings, lengths)
 
 
 @dataclass(frozen=True)
@@ -81,7 +124,18 @@ class ServerProcess:
     keys: Path | None = None  # of the server, for TLS
     limits: Limits = field(default_factory=Limits)
     port: int = 0
+    held: bool = False
     _process: subprocess.Popen[str] | None = field(default=None, repr=False)
+
+    @property
+    def begun(self) -> Path:
+        """There when a batch has begun, if it is `held`."""
+        return self.folder / "begun"
+
+    @property
+    def hold(self) -> Path:
+        """A batch goes on when this is not there, if it is `held`."""
+        return self.folder / "hold"
 
     def start(self) -> ServerProcess:
         """Start it; on the same port as before, if it was started before."""
@@ -93,6 +147,7 @@ class ServerProcess:
             "keys": str(self.keys) if self.keys else None,
             "roster": {name: key.hex() for name, key in self.roster.keys.items()},
             "limits": asdict(self.limits),
+            "held": [str(self.begun), str(self.hold)] if self.held else None,
         }
         settings.write_text(json.dumps(written))
         self._process = subprocess.Popen(
@@ -136,6 +191,29 @@ class ServerProcess:
         return line
 
 
+@contextmanager
+def serving(
+    decoder: Any,
+    roster: Roster,
+    encoding: Encoding = "float32",
+    keys: Path | None = None,
+    limits: Limits | None = None,
+) -> Iterator[SplitServer]:
+    """A server in this process."""
+    terms = terms_of(decoder, FEDERATION, encoding)
+    tls = tls_of(keys) if keys else None
+    with SplitServer(decoder, terms, roster, HOST, 0, tls, limits or Limits()) as server:
+        yield server
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = LONG) -> None:
+    """Until it holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.005)
+
+
 def some_examples(
     seed: int, count: int, width: int, longest: int = 12
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
@@ -158,7 +236,10 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     settings = json.loads(Path(arguments[0]).read_text())
     decoder = load_decoder(Path(settings["decoder"]))
-    keys = settings["keys"]
+    keys, held = settings["keys"], settings["held"]
+    if held:
+        decoder.__class__ = HeldByFile
+        decoder.begun, decoder.hold = map(Path, held)  # type: ignore[attr-defined]
     server = SplitServer(
         decoder,
         terms_of(decoder, FEDERATION, settings["encoding"]),

@@ -80,8 +80,8 @@ class GrpcBase(Channel):
         """
         check_address(address, authority)
 
-        def connect() -> Connection:
-            return Connection(address, authority, identity, roster, terms, patience.connect)
+        def connect(seconds: float) -> Connection:
+            return Connection(address, authority, identity, roster, terms, seconds)
 
         self._network = _Network(address, connect, terms, patience)
         super().__init__(self._network, cast(Encoding, terms.encoding), meter)
@@ -107,7 +107,7 @@ class _Network:
     def __init__(
         self,
         address: str,
-        connect: Callable[[], Connection],
+        connect: Callable[[float], Connection],
         terms: Terms,
         patience: Patience,
     ) -> None:
@@ -170,11 +170,11 @@ class _Network:
                     return attempt(deadline)
                 except _Again as again:
                     why = str(again)
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise self._given_up(why)
                 # Not all clients at one moment, when a server is there again.
-                self._closed.wait(min(left, pause * random.uniform(0.5, 1.5)))  # noqa: S311
+                jittered = pause * random.uniform(0.5, 1.5)  # noqa: S311
+                if time.monotonic() + jittered >= deadline:
+                    raise self._given_up(why)
+                self._closed.wait(jittered)
                 pause = min(2 * pause, patience.longest_pause)
             raise BaseUnreachable(f"the connection to the base model at {self._address} was closed")
         except BaseException:
@@ -189,7 +189,8 @@ class _Network:
     ) -> Answer:
         try:
             if self._connection is None:
-                self._connection, self._number = self._connect(), 0
+                seconds = min(self._patience.connect, max(0.0, deadline - time.monotonic()))
+                self._connection, self._number = self._connect(seconds), 0
         except Broken as error:
             raise _Again(str(error)) from error
         here = self._connection.description

@@ -206,7 +206,7 @@ def check_address(address: str, authority: bytes | None) -> None:
     if authority is not None:
         try:
             tls_context(authority)
-        except ValueError as error:  # ssl's own is one, too
+        except (ssl.SSLError, ValueError) as error:
             raise KeyFileError("the authority of the server is no certificate in PEM") from error
 
 

@@ -70,7 +70,7 @@ class SplitServer:
         description = Description(terms, limits.examples, longest, limits.message_bytes)
         self._counters = Counters()
         self._decoder, self._roster, self._limits = decoder, roster, limits
-        self._description, self._address, self._tls = description, f"{host}:{port}", tls
+        self.description, self._address, self._tls = description, f"{host}:{port}", tls
         self._thread = threading.Thread(target=self._run, name="split-server", daemon=True)
         self._bound: Future[int] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -115,7 +115,7 @@ class SplitServer:
         self._grace = self._loop.create_future()
         batcher = Batcher(self._decoder, self._limits, self._counters)
         try:
-            host = Host(self._description, self._roster, self._limits, batcher, self._counters)
+            host = Host(self.description, self._roster, self._limits, batcher, self._counters)
             service = Service(host)
             server = aio.server(options=_options(self._limits))
             server.add_generic_rpc_handlers((service.handlers(),))

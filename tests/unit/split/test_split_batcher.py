@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -13,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from split_service import load_decoder, some_examples
+from split_service import LONG, Held, load_decoder, some_examples
 
 from fedtune.base.answering import AnsweringDecoder
 from fedtune.split.batcher import Batcher
@@ -26,28 +23,6 @@ from fedtune.train.cut import InProcessBase
 from fedtune.wire.split import Kind, Reason
 
 NONE = np.zeros(0, np.int64)
-LONG = 60.0  # seconds; nothing here takes so long unless something is wrong
-
-
-class Held:
-    """A decoder that computes only while its gate is open, and remembers how much."""
-
-    def __init__(self, decoder: AnsweringDecoder) -> None:
-        self.decoder, self.width, self.device = decoder, decoder.width, decoder.device
-        self.gate, self.entered = threading.Event(), threading.Semaphore(0)
-        self.gate.set()
-        self.rows: list[int] = []
-        self.inputs: list[weakref.ref[torch.Tensor]] = []
-        self.error: Exception | None = None
-
-    def scores(self, embeddings: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        self.rows.append(len(lengths))
-        self.inputs.append(weakref.ref(embeddings))
-        self.entered.release()
-        assert self.gate.wait(LONG)
-        if self.error is not None:
-            raise self.error
-        return self.decoder.scores(embeddings, lengths)
 
 
 @pytest.fixture(scope="module")
