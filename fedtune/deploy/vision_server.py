@@ -13,7 +13,7 @@ from fedtune.config import Config
 from fedtune.data.question_files import read_questions
 from fedtune.data.questions import QuestionExamples
 from fedtune.deploy.keys import SERVER_CERTIFICATE, SERVER_KEY
-from fedtune.resources import usable_cores
+from fedtune.resources import usable_cores, use_one_arena
 from fedtune.secagg.keys import Roster
 from fedtune.simulation.job import Job, JobClient
 from fedtune.simulation.vision import VisionModel
@@ -24,6 +24,7 @@ from fedtune.train.channel import CutTraffic, Meter
 
 def vision_model(config: Config) -> VisionModel:
     """The whole model, on all cores; raises `UsageError`."""
+    use_one_arena()  # the decoder computes in a thread of its own
     torch.set_num_threads(usable_cores())
     return VisionModel(config, config.data.labels)
 
