@@ -87,13 +87,14 @@ def _numbers(*values: int) -> bytes:
 
 
 MINUS_ONE = 2**32 - 1
+TOKEN = 64 * 4  # bytes
 BAD_FIELDS: dict[str, dict[str, Any]] = {
     "no examples": {"lengths": b"", "embeddings": b""},
-    "a length of zero": {"lengths": _numbers(0, 1, 1)},
+    "a length of zero": {"lengths": _numbers(0, 1, 1), "embeddings": bytes(2 * TOKEN)},
     "a length of minus one": {"lengths": _numbers(MINUS_ONE, 1, 1)},
     "lengths that overflow": {"lengths": _numbers(*[2**31] * 3)},
-    "an example that is too long": {"lengths": _numbers(129, 1, 1)},
-    "too many examples": {"lengths": _numbers(*[1] * 65)},
+    "an example that is too long": {"lengths": _numbers(129), "embeddings": bytes(129 * TOKEN)},
+    "too many examples": {"lengths": _numbers(*[1] * 65), "embeddings": bytes(65 * TOKEN)},
     "half a length": {"lengths": _numbers(1, 1, 1)[:-1]},
     "fewer tokens than said": {"embeddings": b"\0" * 256},
     "more tokens than said": {"lengths": _numbers(1, 1, 1)},

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from split_service import LONG, Held, load_decoder, some_examples
+from split_service import LONG, Held, load_decoder, some_examples, wait_for
 
 from fedtune.base.answering import AnsweringDecoder
 from fedtune.split.batcher import Batcher
@@ -152,9 +152,12 @@ def test_a_second_step_gives_the_gradient_and_its_graph_back(start: Any, held: H
     assert batcher.kept(1) == 0
     with pytest.raises(NotAnswered):
         batcher.pull_back(1, 1, upstream.reshape(-1))
-    batcher.submit(1, 2, work(held), LONG).result(LONG)  # the thread is past it
-    gc.collect()
-    assert held.inputs[0]() is None
+
+    def gone() -> bool:
+        gc.collect()
+        return held.inputs[0]() is None
+
+    wait_for(gone)
 
 
 def test_second_steps_are_not_mixed_up_between_clients(start: Any, held: Held) -> None:
