@@ -182,6 +182,8 @@ class _Network:
             self._drop()
             raise
         finally:
+            if self._closed.is_set():  # meanwhile
+                self._drop()
             self._turn.release()
 
     def _ask(

@@ -184,6 +184,7 @@ def _channel(address: str, authority: bytes | None) -> grpc.Channel:
         # So that a server is missed whose machine has gone without a word.
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),  # any number: an answer may take minutes
     ]
     if authority is None:
         return grpc.insecure_channel(address, [*options, ("grpc.enable_http_proxy", 0)])

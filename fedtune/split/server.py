@@ -154,6 +154,7 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         # So that a client is missed whose machine has gone without a word.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
 

@@ -90,8 +90,8 @@ class Session:
 
     @property
     def pending(self) -> int:
-        """Requests that are not answered yet."""
-        return len(self._answering)
+        """Requests that are not answered yet, or whose second step is awaited."""
+        return len(self._answering) + self._host.batcher.kept(self._id)
 
     def end(self, code: Code, words: str) -> None:
         """End the stream; `words` say to the client why."""
@@ -149,7 +149,7 @@ class Session:
         self._last = request.number
         if stopping:
             return Reason.STOPPING
-        if self.pending + host.batcher.kept(self._id) >= host.limits.requests:
+        if self.pending >= host.limits.requests:
             return Reason.BUSY
         tokens = int(request.lengths.sum())
         if not host.batcher.has_room(tokens * terms.width * 4):  # float32

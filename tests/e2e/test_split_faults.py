@@ -277,6 +277,29 @@ def test_a_server_that_stops_answers_what_it_has_and_refuses_the_rest(
     assert held.rows == [3]
 
 
+def test_a_server_that_stops_waits_for_second_steps(
+    held: Held, parties: Parties, terms: Terms, pool: ThreadPoolExecutor
+) -> None:
+    server = SplitServer(held, terms, parties.roster, HOST, 0, None).start()
+    embeddings, lengths, _ = some_examples(1, 3, held.width)
+    stopped: list[Future[None]] = []
+
+    def upstream(logits: np.ndarray) -> np.ndarray:
+        stopped.append(pool.submit(server.stop, LONG))
+        with (
+            parties.base("b", server.port, terms, patience=BRIEF) as other,
+            pytest.raises(BaseUnreachable, match="being stopped"),
+        ):
+            other.scores(embeddings, lengths)
+        return np.tanh(logits)
+
+    with parties.base("a", server.port, terms) as base:
+        found = base.pull_back(embeddings, lengths, upstream)
+    _same([found], [InProcessBase(held.decoder).pull_back(embeddings, lengths, np.tanh)])
+    stopped[0].result(LONG)
+    assert len(stopped) == 1
+
+
 def test_who_waits_for_an_answer_can_be_stopped(
     held: Held, parties: Parties, terms: Terms, pool: ThreadPoolExecutor
 ) -> None:
