@@ -8,7 +8,7 @@ along, it asks the server once; a client needs nothing but inference.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
 from itertools import islice
 from typing import Protocol
 
@@ -19,28 +19,21 @@ from torch import Tensor
 
 from fedtune.adapter.lora import AttachedAdapter
 from fedtune.config import Config
-from fedtune.errors import TrainingError
 from fedtune.train.cut import AcrossCut
 from fedtune.train.directions import Directions
-from fedtune.train.forward_only import ForwardOnlyTrainer, passes
+from fedtune.train.forward_only import ForwardOnlyTrainer, FrozenModel, SlopeTrainer
 from fedtune.train.questions import EncodedQuestions, QuestionAnswering
 from fedtune.train.task import Task
 from fedtune.train.torch_trainer import TorchTrainer
-from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
-from fedtune.types import Float32Vector, Manifest
+from fedtune.train.trainer import Dataset, Evaluation
+from fedtune.types import Float32Vector
 
 
-class CutModel(Protocol):
+class CutModel(FrozenModel, Protocol):
     """A client's half, and the base model behind it."""
-
-    @property
-    def base_digest(self) -> str: ...
 
     def open(self, data: Dataset, rows: NDArray[np.int64]) -> OpenBatch:
         """The batch of these rows, for passes at several adapters."""
-
-    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
-        """Evaluate `adapter` on all rows of `data`."""
 
 
 class OpenBatch(Protocol):
@@ -53,54 +46,31 @@ class OpenBatch(Protocol):
         """The mean loss, and its gradient by the embeddings."""
 
 
-class CutForwardTrainer:
-    """Trains coordinates of `directions`, `probes` of them in each step."""
+class CutForwardTrainer(SlopeTrainer):
+    """Each step descends along `probes` of the directions, at once."""
 
     def __init__(
         self, model: CutModel, directions: Directions, perturbation: float, probes: int
     ) -> None:
         """`perturbation` is how far it goes along a direction, both ways, to find the slope."""
-        self._model, self._directions = model, directions
+        super().__init__(model, directions)
+        self._opened = model
         self._perturbation, self._probes = perturbation, min(probes, directions.count)
 
-    @property
-    def manifest(self) -> Manifest:
-        """One tensor, the coordinates."""
-        return self._directions.manifest
-
-    @property
-    def base_digest(self) -> str:
-        """SHA-256 of all that is frozen."""
-        return self._model.base_digest
-
-    def train(self, adapter: Float32Vector, data: Dataset, plan: LocalPlan) -> LocalResult:
-        """Train from these coordinates by SGD; raises `TrainingError` if a slope is not finite."""
-        started = time.perf_counter()
+    def slopes(
+        self, here: Float32Vector, numbers: Iterator[int], data: Dataset, rows: NDArray[np.int64]
+    ) -> tuple[float, list[tuple[int, float]]]:
+        """See `SlopeTrainer.slopes`."""
         directions, away = self._directions, self._perturbation
-        coordinates, losses = adapter.copy(), []
-        here = directions.expand(coordinates)
-        numbers = passes(directions.count, plan.seed)
-        for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
-            batch = self._model.open(data, rows)
-            loss, gradient = batch.differentiate(batch.embeddings(here))
-            steps = []
-            for number in islice(numbers, self._probes):
-                above, below = (
-                    batch.embeddings(directions.move(here, number, side)) for side in (away, -away)
-                )
-                slope = float((gradient * (above - below)).sum()) / (2 * away)
-                steps.append((number, -lr * slope))
-            for number, step in steps:
-                if not abs(step) < np.finfo(np.float32).max:  # NaN is not either
-                    raise TrainingError("the loss is no longer finite; lower train.lr")
-                here = directions.move(here, number, step)
-                coordinates[number] += np.float32(step)
-            losses.append(loss)
-        return LocalResult(coordinates, float(np.mean(losses)), time.perf_counter() - started)
-
-    def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
-        """Evaluate the adapter at these coordinates."""
-        return self._model.evaluate(self._directions.expand(adapter), data)
+        batch = self._opened.open(data, rows)
+        loss, gradient = batch.differentiate(batch.embeddings(here))
+        found = []
+        for number in islice(numbers, self._probes):
+            above, below = (
+                batch.embeddings(directions.move(here, number, side)) for side in (away, -away)
+            )
+            found.append((number, float((gradient * (above - below)).sum()) / (2 * away)))
+        return loss, found
 
 
 class TorchCutModel:

@@ -7,6 +7,7 @@ of `train.directions`, so that what was learned is one number per direction.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -20,26 +21,34 @@ from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
 from fedtune.types import Float32Vector, Manifest
 
 
-class LossModel(Protocol):
-    """A frozen model of which the loss at an adapter can be had."""
+class FrozenModel(Protocol):
+    """What is common to the models that are trained without gradients."""
 
     @property
     def base_digest(self) -> str: ...
-
-    def loss(self, adapter: Float32Vector, data: Dataset, rows: NDArray[np.int64]) -> float:
-        """The mean loss of these rows, without dropout."""
 
     def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
         """Evaluate `adapter` on all rows of `data`."""
 
 
-class ForwardOnlyTrainer:
+class LossModel(FrozenModel, Protocol):
+    """A frozen model of which the loss at an adapter can be had."""
+
+    def loss(self, adapter: Float32Vector, data: Dataset, rows: NDArray[np.int64]) -> float:
+        """The mean loss of these rows, without dropout."""
+
+
+class SlopeTrainer(ABC):
     """Trains coordinates of `directions`; what it is given and gives back are those."""
 
-    def __init__(self, model: LossModel, directions: Directions, perturbation: float) -> None:
-        """`perturbation` is how far it goes along a direction, both ways, to find the slope."""
+    def __init__(self, model: FrozenModel, directions: Directions) -> None:
         self._model, self._directions = model, directions
-        self._perturbation = perturbation
+
+    @abstractmethod
+    def slopes(
+        self, here: Float32Vector, numbers: Iterator[int], data: Dataset, rows: NDArray[np.int64]
+    ) -> tuple[float, list[tuple[int, float]]]:
+        """The loss about `here` (float32 `[d]`), and its slope along some of `numbers`."""
 
     @property
     def manifest(self) -> Manifest:
@@ -52,31 +61,49 @@ class ForwardOnlyTrainer:
         return self._model.base_digest
 
     def train(self, adapter: Float32Vector, data: Dataset, plan: LocalPlan) -> LocalResult:
-        """Train from these coordinates by SGD; raises `TrainingError` if a loss is not finite.
+        """Train from these coordinates by SGD; raises `TrainingError` if a slope is not finite.
 
-        Each step descends along one direction, drawn by the plan's seed; `loss` is the mean of all
-        passes. There is no gradient, so no Fisher information either.
+        There is no gradient, so no Fisher information either.
         """
         started = time.perf_counter()
-        directions, away = self._directions, self._perturbation
+        directions = self._directions
         coordinates, losses = adapter.copy(), []
         here = directions.expand(coordinates)
         numbers = passes(directions.count, plan.seed)
         for rows, lr in zip(plan.batches, plan.learning_rates, strict=True):
-            number = next(numbers)
-            above = self._model.loss(directions.move(here, number, away), data, rows)
-            below = self._model.loss(directions.move(here, number, -away), data, rows)
-            step = -lr * (above - below) / (2 * away)
-            if not abs(step) < np.finfo(np.float32).max:  # NaN is not either
-                raise TrainingError("the loss is no longer finite; lower train.lr")
-            here = directions.move(here, number, step)
-            coordinates[number] += np.float32(step)
-            losses.append((above + below) / 2)
+            loss, slopes = self.slopes(here, numbers, data, rows)
+            for number, slope in slopes:
+                step = -lr * slope
+                if not abs(step) < np.finfo(np.float32).max:  # NaN is not either
+                    raise TrainingError("the loss is no longer finite; lower train.lr")
+                here = directions.move(here, number, step)
+                coordinates[number] += np.float32(step)
+            losses.append(loss)
         return LocalResult(coordinates, float(np.mean(losses)), time.perf_counter() - started)
 
     def evaluate(self, adapter: Float32Vector, data: Dataset) -> Evaluation:
         """Evaluate the adapter at these coordinates."""
         return self._model.evaluate(self._directions.expand(adapter), data)
+
+
+class ForwardOnlyTrainer(SlopeTrainer):
+    """Each step descends along one direction; `LocalResult.loss` is the mean of all passes."""
+
+    def __init__(self, model: LossModel, directions: Directions, perturbation: float) -> None:
+        """`perturbation` is how far it goes along a direction, both ways, to find the slope."""
+        super().__init__(model, directions)
+        self._losses, self._perturbation = model, perturbation
+
+    def slopes(
+        self, here: Float32Vector, numbers: Iterator[int], data: Dataset, rows: NDArray[np.int64]
+    ) -> tuple[float, list[tuple[int, float]]]:
+        """See `SlopeTrainer.slopes`."""
+        number, away = next(numbers), self._perturbation
+        above, below = (
+            self._losses.loss(self._directions.move(here, number, side), data, rows)
+            for side in (away, -away)
+        )
+        return (above + below) / 2, [(number, (above - below) / (2 * away))]
 
 
 def passes(count: int, seed: int) -> Iterator[int]:
