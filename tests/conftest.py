@@ -112,6 +112,24 @@ def split_keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def decoder(tiny_decoder: Path) -> Any:
+    """The small decoder with answers, as a server of a base model has it."""
+    from split_service import load_decoder
+
+    return load_decoder(tiny_decoder)
+
+
+@pytest.fixture(scope="session")
+def terms(decoder: Any) -> Any:
+    """What a client and a server of `decoder` agree on."""
+    from split_service import FEDERATION
+
+    from fedtune.split.server import terms_of
+
+    return terms_of(decoder, FEDERATION, "float32")
+
+
+@pytest.fixture(scope="session")
 def build_artifacts() -> Callable[..., Any]:
     """Build edge artifacts of a configuration; the model of which they were made."""
     from fedtune.config import parse_config

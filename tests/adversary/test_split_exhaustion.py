@@ -13,12 +13,10 @@ import grpc
 import pytest
 from split_raw import Ended, a_request, member, raw_client
 from split_service import (
-    FEDERATION,
     HOST,
     LONG,
     Parties,
     ServerProcess,
-    load_decoder,
     serving,
     wait_for,
 )
@@ -26,7 +24,6 @@ from split_service import (
 from fedtune.base.answering import AnsweringDecoder
 from fedtune.split.address import SERVICE
 from fedtune.split.limits import Limits
-from fedtune.split.server import terms_of
 from fedtune.split.service import MOST_STREAMS
 from fedtune.wire.split import Answer, Kind, Terms
 
@@ -34,16 +31,6 @@ MESSAGE = 1 << 20
 LIMITS = Limits(message_bytes=MESSAGE, handshake=1.0, write=0.5)
 # What a server may grow by, whatever is sent to it: buffers of a few connections.
 GROWTH = 64 << 20
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_decoder: Path) -> AnsweringDecoder:
-    return load_decoder(tiny_decoder)
-
-
-@pytest.fixture(scope="module")
-def terms(decoder: AnsweringDecoder) -> Terms:
-    return terms_of(decoder, FEDERATION, "float32")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from split_raw import Ended, a_request, member, raw_client
-from split_service import FEDERATION, HOST, Held, Parties, load_decoder, serving, some_examples
+from split_service import HOST, Held, Parties, serving, some_examples
 
 from fedtune.base.answering import AnsweringDecoder
 from fedtune.deploy.keys import make_server_keys
@@ -21,23 +21,13 @@ from fedtune.split.address import SERVICE
 from fedtune.split.client import GrpcBase, Patience
 from fedtune.split.introduction import introduce
 from fedtune.split.limits import Limits
-from fedtune.split.server import SplitServer, terms_of
+from fedtune.split.server import SplitServer
 from fedtune.train.channel import Meter
 from fedtune.wire.split import Introduction, Terms, Welcome
 from fedtune.wire.v1 import split_pb2 as pb
 
 BRIEF = Patience(total=1.0, connect=1.0)
 REFUSED = grpc.StatusCode.UNAUTHENTICATED
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_decoder: Path) -> AnsweringDecoder:
-    return load_decoder(tiny_decoder)
-
-
-@pytest.fixture(scope="module")
-def terms(decoder: AnsweringDecoder) -> Terms:
-    return terms_of(decoder, FEDERATION, "float32")
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,11 @@ import numpy as np
 import pytest
 from split_raw import a_request, member
 from split_service import (
-    FEDERATION,
     HOST,
     LONG,
     Held,
     Parties,
     ServerProcess,
-    load_decoder,
     serving,
     some_examples,
     wait_for,
@@ -33,21 +31,11 @@ from fedtune.base.answering import AnsweringDecoder
 from fedtune.errors import BaseRefused, BaseUnreachable, ConfigError, TrainingError
 from fedtune.split.client import Patience
 from fedtune.split.limits import Limits
-from fedtune.split.server import SplitServer, terms_of
+from fedtune.split.server import SplitServer
 from fedtune.train.cut import InProcessBase
 from fedtune.wire.split import Answer, Kind, Reason, Refusal, Terms, Upstream
 
 BRIEF = Patience(total=1.0, connect=1.0)
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_decoder: Path) -> AnsweringDecoder:
-    return load_decoder(tiny_decoder)
-
-
-@pytest.fixture(scope="module")
-def terms(decoder: AnsweringDecoder) -> Terms:
-    return terms_of(decoder, FEDERATION, "float32")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from split_service import (
     FEDERATION,
     Parties,
     ServerProcess,
-    load_decoder,
     serving,
     some_examples,
 )
@@ -27,12 +26,6 @@ from fedtune.train.channel import Channel, InProcessCarrier, Meter
 from fedtune.train.cut import AcrossCut, InProcessBase, Labels, WholeModel
 
 CLIENTS = tuple(f"clinic-{place}" for place in range(4))
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_decoder: Path) -> AnsweringDecoder:
-    """The whole model, here."""
-    return load_decoder(tiny_decoder)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,11 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from split_service import LONG, Held, load_decoder, some_examples, wait_for
+from split_service import LONG, Held, some_examples, wait_for
 
 from fedtune.base.answering import AnsweringDecoder
 from fedtune.split.batcher import Batcher
@@ -23,11 +22,6 @@ from fedtune.train.cut import InProcessBase
 from fedtune.wire.split import Kind, Reason
 
 NONE = np.zeros(0, np.int64)
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_decoder: Path) -> AnsweringDecoder:
-    return load_decoder(tiny_decoder)
 
 
 @pytest.fixture

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from split_service import load_decoder, some_examples
+from split_service import some_examples
 
 from fedtune.base.answering import AnsweringDecoder
 from fedtune.split.compute import Work, compute
@@ -14,11 +12,6 @@ from fedtune.train.cut import InProcessBase
 from fedtune.wire.split import Kind
 
 NONE = np.zeros(0, np.int64)
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_decoder: Path) -> AnsweringDecoder:
-    return load_decoder(tiny_decoder)
 
 
 def _work(kind: Kind, seed: int, count: int, width: int, longest: int) -> Work:
