@@ -112,6 +112,7 @@ def prepare(folder: Path, port: int) -> None:
         text = text.replace("[site]\n", f'[site]\nbase-server = "127.0.0.1:{port}"\n')
         machine = f'[machine]\nkit = "../kit"\nthreads = {THREADS}'
         text = text.replace("[machine]\nthreads = 1", machine)
+        text = text.replace("[policy]\n", "[policy]\nmax-token-epsilon = inf\n")
         (site / "client.toml").write_text(text)
         (site / "whole.toml").write_text(text.replace("../federation.toml", "../whole.toml"))
     make_roster(folder / "roster.toml", folder / "server-keys", public)

@@ -11,6 +11,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -583,6 +584,9 @@ class Policy(_Table):
     """Largest delta at which an epsilon counts."""
     min_noise: Positive | None = None
     """Least noise multiplier, where there is noise."""
+    max_token_epsilon: float = Field(default=0.0, ge=0)
+    """Most local epsilon (2 · `split.clip` · `split.eta`) of a token that goes to a base model at
+    the server; 0: none may go, inf: embeddings may go as they are. See docs/nano.md."""
     base_digests: tuple[str, ...] = ()
     """Base models on which it trains (SHA-256); empty: the one that it has."""
     rules: tuple[str, ...] = ()
@@ -606,6 +610,7 @@ OPEN_POLICY = Policy(
     min_threshold=0.0,
     share_metrics="each",
     max_delta=0.5,
+    max_token_epsilon=inf,
     report_failures=True,
 )
 

@@ -55,6 +55,7 @@ report-failures = false     # may the server learn that training failed here?
 share-metrics = "sum"       # losses and counts: "never", in a masked "sum", or "each" by itself
 # max-epsilon = 3.0         # most that we ever spend, over all runs together
 # min-noise = 0.5           # least noise multiplier
+# max-token-epsilon = inf   # embeddings may go to a base model at the server; see docs/nano.md
 # max-update-norm = 20.0
 # base-digests = ["..."]    # SHA-256, as in passport.json
 # rules = ["fedavg"]

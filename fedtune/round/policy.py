@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from fedtune.config import Config, Policy
 from fedtune.errors import PolicyRefusal
+from fedtune.privacy.metric import MetricPrivacy
 
 # Both units hide a record: a client's absence hides all of its records.
 _HIDES = {
@@ -38,6 +41,11 @@ def check_policy(
             "max-delta",
             config.privacy.unit != "none" and config.privacy.delta > policy.max_delta,
             f"privacy.delta = {config.privacy.delta:g}",
+        ),
+        (
+            "max-token-epsilon",
+            _token_epsilon(config) > policy.max_token_epsilon,
+            _embeddings_in_words(config),
         ),
         (
             "base-digests",
@@ -79,6 +87,21 @@ def check_noise(policy: Policy, noise_multiplier: float) -> None:
             f"policy.min-noise of this site is {policy.min_noise:g}, "
             f"the federation's noise multiplier {noise_multiplier:g}"
         )
+
+
+def _token_epsilon(config: Config) -> float:
+    """The local epsilon of one token in one sending; 0 where no token is sent."""
+    if config.base.placement != "server":
+        return 0.0
+    clip, eta = config.split.clip, config.split.eta
+    return math.inf if clip is None or eta is None else MetricPrivacy(clip, eta).epsilon
+
+
+def _embeddings_in_words(config: Config) -> str:
+    epsilon = _token_epsilon(config)
+    if math.isinf(epsilon):
+        return "embeddings that go to the server as they are"
+    return f"embeddings that go to the server with an epsilon of {epsilon:g} a token"
 
 
 def _below(config: Config, least: float, name: str) -> bool:

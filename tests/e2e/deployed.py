@@ -220,15 +220,20 @@ class Federation:
 
     def set_machine(self, name: str, **values: Any) -> None:
         """Write keys of a site's `[machine]`."""
-        file = self.site(name) / "client.toml"
-        lines = tomli_w.dumps({key.replace("_", "-"): value for key, value in values.items()})
-        file.write_text(file.read_text().replace("[machine]\n", f"[machine]\n{lines}"))
+        self._set(name, "machine", values)
+
+    def set_policy(self, name: str, **values: Any) -> None:
+        """Write keys of a site's `[policy]`."""
+        self._set(name, "policy", values)
 
     def set_site(self, name: str, **values: Any) -> None:
         """Write keys of a site's `[site]`."""
+        self._set(name, "site", values)
+
+    def _set(self, name: str, table: str, values: Mapping[str, Any]) -> None:
         file = self.site(name) / "client.toml"
         lines = tomli_w.dumps({key.replace("_", "-"): value for key, value in values.items()})
-        file.write_text(file.read_text().replace("[site]\n", f"[site]\n{lines}"))
+        file.write_text(file.read_text().replace(f"[{table}]\n", f"[{table}]\n{lines}"))
 
     def warm_client(self, name: str, prepare: Iterable[Callable[[], None]] = ()) -> Command:
         """The same two processes, forked with their imports done."""

@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from deployed import Federation, free_port
 from e2e_helpers import Launcher, read_metrics, read_summary, wait_until
 from safetensors.numpy import load_file
+from split_service import tls_of
 from vqa_files import QUESTIONS, write_question_clients
+
+from fedtune.base.answering import AnsweringDecoder
+from fedtune.base.causal import CausalBase
+from fedtune.deploy.site_files import SiteFiles
+from fedtune.deploy.vision_site import load_questions
+from fedtune.split.server import SplitServer, terms_of
+from fedtune.train.trainer import LocalPlan
 
 SITES = ("site-0", "site-1", "site-2")
 ROUNDS, STEPS, BATCH = 3, 4, 4
@@ -79,6 +89,7 @@ def make(
         for name in SITES:
             federation.set_machine(name, kit=str(folder / "kit"), kit_digest=digest)
             federation.set_site(name, base_server=f"127.0.0.1:{port}")
+            federation.set_policy(name, max_token_epsilon=inf)
         return federation
 
     yield make
@@ -116,6 +127,49 @@ def test_a_deployed_federation_learns_what_the_simulated_one_does(
     assert summary["final"]["accuracy"] == pytest.approx(
         read_summary(tmp_path / "run")["final"]["accuracy"], abs=0.051
     )
+
+
+def test_embeddings_leave_a_site_only_if_its_policy_lets_them(
+    make: Callable[..., Federation],
+) -> None:
+    federation = make()
+    file = federation.site(SITES[0]) / "client.toml"
+    file.write_text(file.read_text().replace("max-token-epsilon = inf\n", ""))
+    federation.server()
+    process = federation.warm_client(SITES[0])
+    said = "refused: this site's policy.max-token-epsilon does not allow embeddings that go to"
+    wait_until(lambda: said in process.stderr, "a refusal")
+
+
+def test_a_site_adds_the_noise_that_the_federation_wants(make: Callable[..., Federation]) -> None:
+    federation = make(split={"clip": 0.5, "eta": 20.0, "activations": "float32"})
+    files = SiteFiles.read(federation.site(SITES[0]) / "client.toml")
+    site = load_questions(files)
+    seen: list[np.ndarray] = []
+
+    class Watched(AnsweringDecoder):
+        def scores(self, embeddings: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            seen.append(embeddings.detach().numpy().copy())
+            return super().scores(embeddings, lengths)
+
+    base, config = CausalBase(files.federation.base.path), files.federation
+    decoder = Watched(base, config.data.labels)
+    terms = terms_of(decoder, config.digest, "float32")
+    host, port = files.base_server.split(":")
+    tls = tls_of(federation.folder / "server-keys")
+    adapter = np.zeros(site.trainer.manifest.size, np.float32)
+    rows = np.arange(BATCH)
+    with SplitServer(decoder, terms, files.members().roster, host, int(port), tls):
+        for _ in range(2):
+            plan = LocalPlan(iter([rows]), iter([0.0]), 0)
+            site.trainer.train(adapter, site.train, plan)
+    first, second = seen
+    counted = np.abs(first).sum(-1) > 0
+    # Two drawings at one point: each has a length of Gamma(64, 1/20), 3.2 on average, in a
+    # direction of its own, so that their squares add up.
+    apart = np.linalg.norm(first - second, axis=-1)[counted]
+    assert np.sqrt(np.mean(apart**2)) == pytest.approx(3.2 * np.sqrt(2), rel=0.1)
+    assert np.linalg.norm(first[counted], axis=-1).mean() == pytest.approx(3.2, rel=0.1)
 
 
 def test_server_and_sites_are_killed_in_the_middle_of_training(

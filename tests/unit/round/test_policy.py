@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,9 @@ UNIFORM = "aggregate.weighting=uniform"
 RECORD = (*MASKED, *RECORD_UNIT)
 CLIENT = CLIENT_UNIT
 PLAIN = UPDATE
+WHOLE = ("base.task=visual-question-answering", "adapter.kind=nano", *MASKED)
+CUT = (*WHOLE, "base.placement=server")
+NOISE = ("split.clip=2.0", "split.eta=5.0")  # 2 · 2 · 5 = 20
 
 
 def _policy(**keys: Any) -> Policy:
@@ -62,6 +66,14 @@ TABLE: list[tuple[str, Any, list[tuple[str, ...]], list[tuple[str, ...]]]] = [
         [RECORD, CLIENT, (*CLIENT, "privacy.delta=1.01e-6")],
         [(*CLIENT, "privacy.delta=1e-6"), (*RECORD, "privacy.delta=1e-7"), MASKED],
     ),
+    ("max-token-epsilon", 0.0, [CUT, (*CUT, *NOISE)], [PLAIN, MASKED, WHOLE]),
+    (
+        "max-token-epsilon",
+        20.0,
+        [CUT, (*CUT, "split.clip=2.0", "split.eta=5.01")],
+        [(*CUT, *NOISE), (*CUT, "split.clip=1.0", "split.eta=1.0"), WHOLE, MASKED],
+    ),
+    ("max-token-epsilon", math.inf, [], [CUT, (*CUT, *NOISE), WHOLE, MASKED]),
     ("base-digests", ("cd" * 32,), [PLAIN, MASKED], []),
     ("base-digests", ("cd" * 32, BASE), [], [PLAIN, MASKED]),
     ("rules", ("median",), [PLAIN, MASKED], []),
