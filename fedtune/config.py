@@ -783,10 +783,55 @@ class Listen(_Table):
         return (host.strip("[]"), int(port)) if self.status else None
 
 
+class Limits(_Table):
+    """How much a server of a base model takes at a time, and for how long it waits.
+
+    Sizes are in bytes, times in seconds.
+    """
+
+    examples: int = Field(default=64, ge=1)
+    """Most examples of a request."""
+    tokens: int = Field(default=256, ge=1)
+    """Most tokens of an example, its image's among them."""
+    message_bytes: int = Field(default=16 << 20, ge=1 << 10, le=1 << 30)
+    """Largest message of a client; larger ones are refused before they are read."""
+    requests: int = Field(default=2, ge=1)
+    """Requests of one client that wait, are computed, or whose second step is awaited."""
+    queue_bytes: int = Field(default=256 << 20, ge=1)
+    """Embeddings of all clients that wait, decoded."""
+    batch_examples: int = Field(default=64, ge=1)
+    """Most examples of a batch, unless one request has more."""
+    batch_tokens: int = Field(default=16_384, ge=1)
+    """Most tokens of a batch, filled up to its longest example, unless one request has more."""
+    kept_examples: int = Field(default=256, ge=1)
+    """Examples of batches whose graph is kept because a client's second step is awaited."""
+    window: float = Field(default=0.003, ge=0)
+    """How long a batch waits for clients that have asked within `busy`."""
+    busy: Positive = 1.0
+    """How long a client counts as busy after it has asked."""
+    upstream: Positive = 10.0
+    """For how long a client's second step is awaited."""
+    patience: Positive = 300.0
+    """For how long a request may wait at most, whatever its client says."""
+    handshake: Positive = 10.0
+    """How long a new connection may take to say who it is."""
+    write: Positive = 30.0
+    """How long a client may take to take an answer."""
+    strangers: int = Field(default=32, ge=1)
+    """Connections at a time that have not said yet who they are."""
+
+    @model_validator(mode="after")
+    def _a_batch_can_be_kept(self) -> Self:
+        if self.kept_examples < max(self.batch_examples, self.examples):
+            raise ValueError("limits.kept-examples must be at least as large as one batch")
+        return self
+
+
 class ServerConfig(_Table):
     """The server's own file, `server.toml`, beside the federation's."""
 
     server: Listen = Listen()
+    limits: Limits = Limits()
 
 
 def preset_names() -> list[str]:

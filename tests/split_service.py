@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from fedtune.base.answering import AnsweringDecoder
 from fedtune.base.causal import CausalBase
+from fedtune.config import Limits
 from fedtune.secagg.keys import SERVER, Identity, Roster
 from fedtune.split.client import GrpcBase, Patience
-from fedtune.split.limits import Limits
 from fedtune.split.server import SplitServer, Tls, terms_of
 from fedtune.train.activations import Encoding
 from fedtune.train.channel import Meter
@@ -146,7 +146,7 @@ class ServerProcess:
             "port": self.port,
             "keys": str(self.keys) if self.keys else None,
             "roster": {name: key.hex() for name, key in self.roster.keys.items()},
-            "limits": asdict(self.limits),
+            "limits": self.limits.model_dump(),
             "held": [str(self.begun), str(self.hold)] if self.held else None,
         }
         settings.write_text(json.dumps(written))

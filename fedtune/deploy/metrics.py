@@ -13,6 +13,8 @@ from prometheus_client.registry import Collector
 
 from fedtune.deploy.status import ROUND_SECONDS, Snapshot, Totals
 from fedtune.flower.observer import Failure
+from fedtune.split.counters import SplitStatus
+from fedtune.wire.split import Reason
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -24,9 +26,14 @@ class Metrics(Collector):
     becomes one.
     """
 
-    def __init__(self, snapshot: Callable[[], Snapshot], certificates: Mapping[str, float]) -> None:
-        """`certificates` end at these times (seconds since 1970)."""
-        self._snapshot, self._certificates = snapshot, certificates
+    def __init__(
+        self,
+        snapshot: Callable[[], Snapshot],
+        certificates: Mapping[str, float],
+        base: Callable[[], SplitStatus] | None = None,
+    ) -> None:
+        """`certificates` end at these times (seconds since 1970); `base` is of a base model."""
+        self._snapshot, self._certificates, self._base = snapshot, certificates, base
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -46,6 +53,8 @@ class Metrics(Collector):
         yield from _gauges(now)
         yield from _counters(now)
         yield _round_seconds(now.totals)
+        if self._base is not None:
+            yield from _base_model(self._base())
         ends = GaugeMetricFamily(
             "fedtune_certificate_not_after_seconds",
             "When a certificate ends, in seconds since 1970.",
@@ -104,6 +113,32 @@ def _counters(now: Snapshot) -> Iterator[Metric]:
     for failure in get_args(Failure):
         failures.add_metric([failure], now.failures[failure])
     yield failures
+
+
+def _base_model(now: SplitStatus) -> Iterator[Metric]:
+    for name, words, value in (
+        ("batches", "Batches that the base model has computed.", now.batches),
+        ("requests", "Requests of clients in them.", now.requests),
+        ("examples", "Examples in them.", now.examples),
+        ("queue_seconds", "How long requests have waited for their batch.", now.queue_seconds),
+    ):
+        yield CounterMetricFamily(f"fedtune_base_{name}", words, value)
+    refused = CounterMetricFamily(
+        "fedtune_base_not_answered",
+        "Requests to the base model without a result.",
+        labels=["reason"],
+    )
+    for reason in Reason:
+        refused.add_metric([reason.name.lower()], now.not_answered.get(reason, 0))
+    yield refused
+    for name, words, direction in (
+        ("received", "Embeddings, labels and gradients of clients.", "up"),
+        ("sent", "Losses, scores and gradients to clients.", "down"),
+    ):
+        family = CounterMetricFamily(f"fedtune_base_{name}_bytes", words, labels=["client"])
+        for client, traffic in now.traffic.items():
+            family.add_metric([client], getattr(traffic, f"bytes_{direction}"))
+        yield family
 
 
 def _round_seconds(totals: Totals) -> Metric:

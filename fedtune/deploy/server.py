@@ -7,16 +7,17 @@ on where its journal ends.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedtune.base.resolve import resolve_base
-from fedtune.config import Config, Listen, load_config, load_server
+from fedtune.config import Config, Limits, Listen, load_config, load_server
 from fedtune.data.labelled import load_examples
 from fedtune.deploy.keys import (
     SERVER_CERTIFICATE,
@@ -48,6 +49,9 @@ from fedtune.simulation.job import (
 from fedtune.simulation.run import Options, Outcome, Simulation, check_same_job, create_run
 from fedtune.train.task import Rows
 
+if TYPE_CHECKING:  # gRPC, which only a server of a base model needs
+    from fedtune.split.server import SplitServer
+
 SETTINGS = "server.toml"
 DATABASE = "superlink.db"
 LARGEST_REST = 1 << 20  # bytes of an answer that are not values
@@ -61,6 +65,7 @@ class Deployment:
 
     federation: Config
     listen: Listen
+    limits: Limits
     folder: Path
     members: Members
     authority: Authority
@@ -69,7 +74,8 @@ class Deployment:
     def read(cls, path: Path) -> Deployment:
         """Read federation.toml and what lies beside it; raises `UsageError`."""
         folder = path.parent
-        listen = load_server(folder / SETTINGS).server
+        settings = load_server(folder / SETTINGS)
+        listen = settings.server
         own = {"base.path": listen.base or None}
         federation = load_config(path, values=own)
         if federation.base.connector is not None:
@@ -83,7 +89,14 @@ class Deployment:
         if members.roster.keys[SERVER] != identity.public_key:
             raise KeyFileError(f"{listen.roster}: made for another server; see fedtune keys roster")
         check_private(folder / listen.keys / SERVER_KEY)
-        return cls(federation, listen, folder, members, Authority(identity, members.roster))
+        return cls(
+            federation,
+            listen,
+            settings.limits,
+            folder,
+            members,
+            Authority(identity, members.roster),
+        )
 
     def find(self, name: str) -> Path:
         """A path as server.toml means it."""
@@ -103,13 +116,11 @@ def run_server(path: Path, progress: Progress) -> Outcome:
     deployment = Deployment.read(path)
     progress.note(f"loading the base model {deployment.federation.base.path}")
     take_over_log()
-    with _job(deployment) as (job, words_of_base):
-        return _run(deployment, job, words_of_base, progress)
+    with _job(deployment) as (job, base):
+        return _run(deployment, job, base, progress)
 
 
-def _run(
-    deployment: Deployment, job: Job, words_of_base: Sequence[str], progress: Progress
-) -> Outcome:
+def _run(deployment: Deployment, job: Job, base: SplitServer | None, progress: Progress) -> Outcome:
     run_path = deployment.find(deployment.listen.run)
     with (
         _open_run(job, run_path) as run,
@@ -120,7 +131,7 @@ def _run(
         status = make_status(job.config, deployment.members.transport, run.journal)
         with (
             SuperLinkProcess(doors, deployment.members.transport) as link,
-            watched(listen.status_address, keys, status, link) as words_of_status,
+            watched(listen.status_address, keys, status, link, base) as words_of_status,
         ):
             clients = len(deployment.members.transport)
             done = len(run.journal.records())
@@ -128,7 +139,7 @@ def _run(
                 [
                     f"listening at {listen.host}:{link.port} for {clients} clients; "
                     f"roster {deployment.members.roster.digest.hex()[:16]}",
-                    *words_of_base,
+                    *([f"the base model at {listen.host}:{base.port}"] if base else []),
                     *words_of_status,
                     *([f"going on after round {done}"] if done else []),
                 ],
@@ -198,10 +209,10 @@ def _open_run(job: Job, path: Path) -> RunFolder:
 
 
 @contextmanager
-def _job(deployment: Deployment) -> Iterator[tuple[Job, list[str]]]:
+def _job(deployment: Deployment) -> Iterator[tuple[Job, SplitServer | None]]:
     """The server's part of the job: the model, the clients' names, the common test set.
 
-    While it is used, the base model is served if sites hold none; words about that.
+    While it is used, the base model is served if sites hold none.
     """
     config, listen = deployment.federation, deployment.listen
     labels, names = config.data.labels, sorted(deployment.members.transport)
@@ -216,19 +227,19 @@ def _job(deployment: Deployment) -> Iterator[tuple[Job, list[str]]]:
         check_privacy(config, vision.adapter.manifest.size, len(names))
         job = vision_server_job(config, vision, absent, file)
         if config.base.placement == "client":
-            yield job, []
+            yield job, None
             return
-        keys = deployment.find(listen.keys)
-        roster = deployment.members.roster
-        with serve_base(vision, job, roster, keys, listen.host, listen.base_port) as (served, word):
-            yield served, [word]
+        keys, roster = deployment.find(listen.keys), deployment.members.roster
+        address, limits = (listen.host, listen.base_port), deployment.limits
+        with serve_base(vision, job, roster, keys, address, limits) as served:
+            yield served
         return
     columns = config.data.text_column, config.label_column
     test = load_examples(file, labels, *columns) if file else None
     model = TextModel(config, len(labels))
     check_privacy(config, model.adapter.manifest.size, len(names))
     words = "each site's own; the server sees none of it"
-    yield job_of_model(config, model, absent, test, labels, words), []
+    yield job_of_model(config, model, absent, test, labels, words), None
 
 
 class Terminated(KeyboardInterrupt):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fedtune.config import Config
+from fedtune.config import Config, Limits
 from fedtune.data.question_files import read_questions
 from fedtune.data.questions import QuestionExamples
 from fedtune.deploy.keys import SERVER_CERTIFICATE, SERVER_KEY
@@ -57,15 +57,19 @@ class _Together:
 
 @contextmanager
 def serve_base(
-    model: VisionModel, job: Job, roster: Roster, keys: Path, host: str, port: int
-) -> Iterator[tuple[Job, str]]:
-    """Host the decoder for the clients of `roster`; the job that counts what they send, and words.
+    model: VisionModel,
+    job: Job,
+    roster: Roster,
+    keys: Path,
+    address: tuple[str, int],
+    limits: Limits,
+) -> Iterator[tuple[Job, SplitServer]]:
+    """Host the decoder for the clients of `roster`; the job then counts what they send.
 
     Raises `ConfigError`.
     """
     config = job.config
     terms = terms_of(model.decoder, config.digest, config.split.activations)
     tls = Tls((keys / SERVER_CERTIFICATE).read_bytes(), (keys / SERVER_KEY).read_bytes())
-    with SplitServer(model.decoder, terms, roster, host, port, tls) as server:
-        together = _Together(model.meter, server)
-        yield replace(job, meter=together), f"the base model at {host}:{server.port}"
+    with SplitServer(model.decoder, terms, roster, *address, tls, limits) as server:
+        yield replace(job, meter=_Together(model.meter, server)), server

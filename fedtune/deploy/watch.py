@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedtune.config import Config
 from fedtune.deploy.keys import AUTHORITY, SERVER_CERTIFICATE, read_certificate
@@ -17,6 +18,9 @@ from fedtune.deploy.superlink import SuperLinkProcess
 from fedtune.report.progress import Progress
 from fedtune.round.federation import epsilon_of_sums
 from fedtune.round.journal import Journal
+
+if TYPE_CHECKING:  # gRPC, which only a server of a base model needs
+    from fedtune.split.server import SplitServer
 
 
 class Connections:
@@ -49,9 +53,16 @@ def make_status(config: Config, clients: Iterable[str], journal: Journal) -> Sta
 
 @contextmanager
 def watched(
-    address: tuple[str, int] | None, keys: Path, status: Status, link: SuperLinkProcess
+    address: tuple[str, int] | None,
+    keys: Path,
+    status: Status,
+    link: SuperLinkProcess,
+    base: SplitServer | None,
 ) -> Iterator[list[str]]:
-    """Answer `/health` and `/metrics` at `address`, if there is one; says so in words."""
+    """Answer `/health` and `/metrics` at `address`, if there is one; says so in words.
+
+    `base` is the service of the base model, if this server hosts one.
+    """
     if address is None:
         yield []
         return
@@ -59,7 +70,7 @@ def watched(
         name: read_certificate(keys / name).not_valid_after_utc.timestamp()
         for name in (SERVER_CERTIFICATE, AUTHORITY)
     }
-    metrics = Metrics(lambda: status.snapshot, ends)
+    metrics = Metrics(lambda: status.snapshot, ends, (lambda: base.status) if base else None)
 
     def answer_health() -> Answer:
         trouble = status.trouble()

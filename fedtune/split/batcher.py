@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.base.answering import AnsweringDecoder
+from fedtune.config import Limits
 from fedtune.split.compute import Result, Work, compute
 from fedtune.split.counters import Counters
 from fedtune.split.kept import KeptGraphs, Taken
-from fedtune.split.limits import Limits
 from fedtune.split.waiting import NotAnswered, Queue, Waiting
 from fedtune.wire.split import Kind, Reason
 

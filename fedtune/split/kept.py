@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.config import Limits
 from fedtune.split.compute import Graph, Result
-from fedtune.split.limits import Limits
 from fedtune.split.waiting import NotAnswered, refuse
 from fedtune.wire.split import Reason
 

@@ -14,12 +14,12 @@ import grpc
 from grpc import aio
 
 from fedtune.base.answering import AnsweringDecoder
+from fedtune.config import Limits
 from fedtune.errors import ConfigError
 from fedtune.secagg.keys import Roster
 from fedtune.split.address import is_loopback
 from fedtune.split.batcher import Batcher
 from fedtune.split.counters import Counters, SplitStatus
-from fedtune.split.limits import Limits
 from fedtune.split.service import Service
 from fedtune.split.session import Host
 from fedtune.train.activations import Encoding

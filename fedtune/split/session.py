@@ -13,13 +13,13 @@ import grpc
 import numpy as np
 from grpc.aio import EOF, ServicerContext
 
+from fedtune.config import Limits
 from fedtune.errors import BadSignature, ContextMismatch, MalformedMessage
 from fedtune.secagg.keys import Roster
 from fedtune.split.batcher import Batcher
 from fedtune.split.compute import Result, Work
 from fedtune.split.counters import Counters
 from fedtune.split.introduction import check_introduction, new_challenge
-from fedtune.split.limits import Limits
 from fedtune.split.waiting import NotAnswered
 from fedtune.train.activations import Encoding, decode, encode
 from fedtune.train.channel import LABEL_BYTES, CutTraffic

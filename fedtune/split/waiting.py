@@ -5,8 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from fedtune.config import Limits
 from fedtune.split.compute import Result, Work
-from fedtune.split.limits import Limits
 from fedtune.wire.split import Kind, Reason
 
 

@@ -22,8 +22,8 @@ from split_service import (
 )
 
 from fedtune.base.answering import AnsweringDecoder
+from fedtune.config import Limits
 from fedtune.split.address import SERVICE
-from fedtune.split.limits import Limits
 from fedtune.split.service import MOST_STREAMS
 from fedtune.wire.split import Answer, Kind, Terms
 

@@ -13,6 +13,7 @@ from split_raw import Ended, a_request, member, raw_client
 from split_service import HOST, Held, Parties, serving, some_examples
 
 from fedtune.base.answering import AnsweringDecoder
+from fedtune.config import Limits
 from fedtune.deploy.keys import make_server_keys
 from fedtune.errors import BaseRefused, BaseUnreachable, ConfigError, KeyFileError
 from fedtune.secagg.keys import SERVER, Identity, Roster
@@ -20,7 +21,6 @@ from fedtune.secagg.transcript import transcript
 from fedtune.split.address import SERVICE
 from fedtune.split.client import GrpcBase, Patience
 from fedtune.split.introduction import introduce
-from fedtune.split.limits import Limits
 from fedtune.split.server import SplitServer
 from fedtune.train.channel import Meter
 from fedtune.wire.split import Introduction, Terms, Welcome

@@ -28,9 +28,9 @@ from split_service import (
 )
 
 from fedtune.base.answering import AnsweringDecoder
+from fedtune.config import Limits
 from fedtune.errors import BaseRefused, BaseUnreachable, ConfigError, TrainingError
 from fedtune.split.client import Patience
-from fedtune.split.limits import Limits
 from fedtune.split.server import SplitServer
 from fedtune.train.cut import InProcessBase
 from fedtune.wire.split import Answer, Kind, Reason, Refusal, Terms, Upstream

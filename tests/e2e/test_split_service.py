@@ -19,7 +19,7 @@ from split_service import (
 )
 
 from fedtune.base.answering import AnsweringDecoder
-from fedtune.split.limits import Limits
+from fedtune.config import Limits
 from fedtune.split.server import terms_of
 from fedtune.train.activations import ENCODINGS, Encoding
 from fedtune.train.channel import Channel, InProcessCarrier, Meter

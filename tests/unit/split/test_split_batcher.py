@@ -13,10 +13,10 @@ import pytest
 from split_service import LONG, Held, some_examples, wait_for
 
 from fedtune.base.answering import AnsweringDecoder
+from fedtune.config import Limits
 from fedtune.split.batcher import Batcher
 from fedtune.split.compute import Result, Work
 from fedtune.split.counters import Counters
-from fedtune.split.limits import Limits
 from fedtune.split.waiting import NotAnswered
 from fedtune.train.cut import InProcessBase
 from fedtune.wire.split import Kind, Reason

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from fedtune.config import Limits, load_server
 from fedtune.errors import ConfigError
 from fedtune.split.compute import Result, Work
 from fedtune.split.kept import KeptGraphs
-from fedtune.split.limits import Limits
 from fedtune.split.waiting import NotAnswered, Queue, Waiting
 from fedtune.wire.split import Kind, Reason
 
@@ -186,7 +188,8 @@ def test_a_result_is_finite_or_not() -> None:
     assert not Result(UPSTREAM, np.array([np.inf], np.float32)).finite
 
 
-@pytest.mark.parametrize("wrong", [{"examples": 0}, {"window": -1.0}, {"kept_examples": 63}])
-def test_limits_that_cannot_be(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError):
-        Limits(**wrong)
+@pytest.mark.parametrize("wrong", ["examples = 0", "window = -1.0", "kept-examples = 63"])
+def test_limits_that_cannot_be(wrong: str, tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text(f"[limits]\n{wrong}\n")
+    with pytest.raises(ConfigError, match=wrong.split(maxsplit=1)[0]):
+        load_server(tmp_path / "server.toml")
