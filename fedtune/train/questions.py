@@ -88,6 +88,8 @@ def encode_questions(
             f"the question {examples.questions[row]!r} has more than base.max-length = "
             f"{max_length} tokens"
         )
+    if not len(features):  # rows without an image name one too, which then does not count
+        features = np.zeros((1, features.shape[1]), features.dtype)
     return EncodedQuestions(found, examples.images, features)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from e2e_helpers import Launcher, read_summary
+from e2e_helpers import Launcher, read_summary, write_rows
 from safetensors.numpy import load_file
 from vqa_files import QUESTIONS, SITES, TESTED, write_question_clients
 
@@ -35,7 +36,11 @@ class Runs:
         self._launcher, self._base, self._questions = launcher, base, questions
 
     def __call__(self, *overrides: str) -> Path:
-        name = re.sub(r"\W+", "-", " ".join(overrides)) or "as-it-is"
+        return self.of(self._questions, *overrides)
+
+    def of(self, questions: Path, *overrides: str) -> Path:
+        """One of other sites."""
+        name = re.sub(r"\W+", "-", " ".join([questions.name, *overrides]))
         path = self._launcher.folder / name
         if not path.exists():
             sets = [f"train.steps={STEPS}", f"train.batch-size={BATCH}", "adapter.rank=4"]
@@ -43,7 +48,7 @@ class Runs:
             sets += ["secagg.enabled=false", "split.activations=float32", *overrides]
             flags = [part for override in sets for part in ("--set", override)]
             code, command = self._launcher.run(
-                *("simulate", "--preset", "vqa", "--data", self._questions),
+                *("simulate", "--preset", "vqa", "--data", questions),
                 *("--base", self._base, "--rounds", str(ROUNDS), "--workers", "2", "--out", name),
                 *flags,
             )
@@ -84,6 +89,38 @@ def test_coarser_activations_learn_nearly_the_same_and_say_what_they_cost(runs: 
         # Before the first round and after the last.
         assert cut["evaluated"] == 2 * TESTED
     assert read_summary(runs("base.placement=client"))["cut"] is None
+
+
+def tensors_of(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_who_has_only_texts_or_only_images_trains_what_it_has(
+    runs: Runs, questions: Path, tmp_path: Path
+) -> None:
+    """Fisher merging gives each a say in what it knows of; averaging lets all have one."""
+    lacks = {"site-0": (), "site-1": ("question",), "site-2": ("image",)}
+    without, together = tmp_path / "without-texts", tmp_path / "together"
+    for folder in (without, together):
+        for site, keys in lacks.items():
+            if (folder, site) == (without, "site-2"):
+                continue
+            lines = (questions / site / "train.jsonl").read_text().splitlines()
+            rows = [json.loads(line) | dict.fromkeys(keys, "") for line in lines]
+            write_rows(folder / site / "train.jsonl", rows)
+        for file in ("test.jsonl", "captions.jsonl"):
+            shutil.copy(questions / file, folder)
+    one = ("rounds.count=1", "train.steps=4")
+    alone, fisher = (tensors_of(runs.of(folder, *one)) for folder in (without, together))
+    average = tensors_of(runs.of(together, *one, "aggregate.rule=fedavg"))
+    for name, expected in alone.items():
+        if name.startswith("nano_image"):
+            # The site without images changes nothing of what is done with images ...
+            np.testing.assert_allclose(fisher[name], expected, atol=1e-6)
+            assert name.endswith("down.bias") or np.abs(average[name] - expected).max() > 1e-4
+        else:
+            # ... and has its say in what is done with words.
+            assert np.abs(fisher[name] - expected).max() > 1e-5
 
 
 def test_without_gradients_at_the_client_the_loss_falls_too(runs: Runs) -> None:
