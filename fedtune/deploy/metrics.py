@@ -131,14 +131,19 @@ def _base_model(now: SplitStatus) -> Iterator[Metric]:
     for reason in Reason:
         refused.add_metric([reason.name.lower()], now.not_answered.get(reason, 0))
     yield refused
-    for name, words, direction in (
-        ("received", "Embeddings, labels and gradients of clients.", "up"),
-        ("sent", "Losses, scores and gradients to clients.", "down"),
-    ):
-        family = CounterMetricFamily(f"fedtune_base_{name}_bytes", words, labels=["client"])
-        for client, traffic in now.traffic.items():
-            family.add_metric([client], getattr(traffic, f"bytes_{direction}"))
-        yield family
+    received = CounterMetricFamily(
+        "fedtune_base_received_bytes",
+        "Embeddings, labels and gradients from a client.",
+        labels=["client"],
+    )
+    sent = CounterMetricFamily(
+        "fedtune_base_sent_bytes", "Losses, scores and gradients to a client.", labels=["client"]
+    )
+    for client, traffic in now.traffic.items():
+        received.add_metric([client], traffic.up)
+        sent.add_metric([client], traffic.down)
+    yield received
+    yield sent
 
 
 def _round_seconds(totals: Totals) -> Metric:

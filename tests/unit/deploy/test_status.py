@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from http import HTTPStatus
 
@@ -20,6 +20,9 @@ from fedtune.deploy.status import SILENT_SECONDS, Status
 from fedtune.deploy.status_server import Answer, StatusServer, health
 from fedtune.errors import ConfigError
 from fedtune.records import RoundRecord
+from fedtune.split.counters import Counters, SplitStatus
+from fedtune.train.channel import CutTraffic
+from fedtune.wire.split import Reason
 
 CLIENTS = ["b", 'a "quoted"\nname', "ç"]
 
@@ -37,9 +40,9 @@ class Clock:
         return self.now
 
 
-def samples(status: Status) -> dict[str, float]:
+def samples(status: Status, base: Callable[[], SplitStatus] | None = None) -> dict[str, float]:
     """Every sample of a scrape, read by Prometheus' own parser; name and labels as one text."""
-    text = Metrics(lambda: status.snapshot, {"server.crt": 1.9e9}).text().decode()
+    text = Metrics(lambda: status.snapshot, {"server.crt": 1.9e9}, base).text().decode()
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -96,6 +99,23 @@ def test_metrics_are_of_the_journal_and_of_what_happened_since() -> None:
     assert found["fedtune_round_seconds_sum"] == 49.5
 
 
+def test_the_base_model_that_it_serves_is_told_of_too() -> None:
+    counters = Counters()
+    counters.batch(5, [0.25, 0.5])
+    counters.not_answered(Reason.BUSY)
+    counters.passed("b", CutTraffic(trained=5, tokens=40, up=900, down=700))
+    counters.passed("b", CutTraffic(up=100, down=50, evaluated=2, evaluation_bytes=150))
+    status = Status(CLIENTS, 10, [], 600.0)
+    found = samples(status, lambda: counters.status)
+    expected = {"batches": 1, "requests": 2, "examples": 5, "queue_seconds": 0.75}
+    assert {name: found[f"fedtune_base_{name}_total"] for name in expected} == expected
+    assert found["fedtune_base_not_answered_total{reason=busy}"] == 1
+    assert found["fedtune_base_not_answered_total{reason=late}"] == 0
+    assert found["fedtune_base_received_bytes_total{client=b}"] == 1000
+    assert found["fedtune_base_sent_bytes_total{client=b}"] == 750
+    assert not any(name.startswith("fedtune_base") for name in samples(status))
+
+
 def test_a_client_cannot_turn_a_counter_back() -> None:
     status = Status(CLIENTS, 10, [record(1)], 600.0)
     boast = RoundRecord(2, None, None, None, ("b",), {}, 1, 1, 1.0, -1e300)
@@ -113,7 +133,8 @@ def test_epsilon_is_told_where_the_server_accounts_for_it() -> None:
 
 def test_names_keep_to_the_guidelines_and_each_has_its_words() -> None:
     status = Status(CLIENTS, 10, [], 600.0)
-    text = Metrics(lambda: status.snapshot, {}).text().decode()
+    base = SplitStatus(traffic={"b": CutTraffic()})
+    text = Metrics(lambda: status.snapshot, {}, lambda: base).text().decode()
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families) > 10
     for family in families:
