@@ -120,6 +120,10 @@ class Adapter(_Table):
     """Dropout before the LoRA matrices, in training."""
     targets: tuple[str, ...] = ()
     """Names of the modules that get LoRA matrices; empty: peft's choice for the architecture."""
+    private: tuple[Annotated[str, Field(pattern=r"^[^.\s]+(\.[^.\s]+)*$")], ...] = ()
+    """Tensors that are trained at each client and never leave it, by parts of their names between
+    dots: `nano_text`, `classifier`, `layer.5`, `lora_B`. The server sees neither them nor their
+    sum; see docs/personalization.md. Empty: everything is shared."""
 
 
 class Data(_Table):
@@ -507,6 +511,11 @@ class Config(_Table):
             raise ValueError(
                 "train.method = forward-only compares two passes, and adapter.dropout would make "
                 "them two models; set it to 0"
+            )
+        if self.train.method == "forward-only" and self.adapter.private:
+            raise ValueError(
+                "train.method = forward-only moves the whole adapter along each direction, and no "
+                "part of it can stay behind as adapter.private; use train.method = backprop"
             )
         if self.train.method == "forward-only" and self.split.eta is not None:
             raise ValueError(
