@@ -638,7 +638,8 @@ class Site(_Table):
     keys: str = "keys"
     """Folder of this site's private keys, made by `fedtune keys site`."""
     memory: str = "site.db"
-    """What the site remembers: its part in each round, and the privacy it has spent."""
+    """What the site remembers: its part in each round, the privacy it has spent, and the private
+    part of its adapter."""
     audit: str = "audit.jsonl"
     """The site's audit log, see `fedtune audit verify`."""
 

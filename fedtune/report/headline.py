@@ -41,11 +41,13 @@ def _federated(summary: Summary) -> str:
     # "final" is of the last round that was evaluated, not always of the last round.
     after = f"after {plural(final.round, 'round')}"
     if own := _personal(summary):
-        low, high = percent(min(own)), percent(max(own))
+        # Not the last round's score: that is with clients' parts if it is on their own test sets.
+        shared = fmean(c.accuracy for c in summary.per_client if c.accuracy is not None)
         noun = noun_of(client.name for client in summary.per_client)
         return (
-            f"Federated: what {clients} share reaches {reached} {after}, by itself; with its "
-            f"private part a {noun} reaches {percent(fmean(own))} on average ({low} to {high})."
+            f"Federated: with its own private part a {noun} reaches {percent(fmean(own))} "
+            f"{after}, on average ({percent(min(own))} to {percent(max(own))}); what {clients} "
+            f"share reaches {percent(shared)} with the part that all began with."
         )
     return f"Federated: {clients} together reach {reached} {after}."
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from unit.round.masked_run import MASKED, RECORD_UNIT, MaskedFederation
+from unit.round.masked_run import CLIENT_UNIT, MASKED, RECORD_UNIT, MaskedFederation
 
 from fedtune.config import OPEN_POLICY
 from fedtune.errors import BudgetExceeded, ProtocolViolation
 from fedtune.round.local import record_privacy
 from fedtune.round.site import Answer, PrivatePart
+from fedtune.round.terms import client_release
 from fedtune.secagg.client import Stage
 from fedtune.train.batches import client_rng, learning_rate, plan_batches
 from fedtune.train.task import CustomTask
@@ -27,6 +28,7 @@ from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
 
 HEAD = 'adapter.private=["head"]'
 SIZES = (7, 12, 5)
+FOUR = (*SIZES, 9)
 NAMES = ("inner.lora_A", "inner.lora_B", "head.weight", "head.bias")
 
 
@@ -281,3 +283,17 @@ def test_with_noise_for_each_record_both_parts_have_it(masked_federation):
     drawn = [local.train(fed.start, fed.run_id, 1) for _ in range(2)]
     assert not np.array_equal(drawn[0].private.after, drawn[1].private.after)
     assert (drawn[0].private.after != drawn[0].private.before).all()
+
+
+def test_the_noise_that_hides_a_client_is_in_what_is_sent_alone(masked_federation):
+    noisy = masked_federation(HEAD, base=CLIENT_UNIT, sizes=FOUR, folder="noisy")
+    plain = masked_federation(HEAD, base=MASKED, sizes=FOUR, folder="plain")
+    assert noisy.round().clients == plain.round().clients
+    moved = noisy.federation.adapter - noisy.start
+    size = noisy.manifest.size
+    assert np.linalg.norm(moved - (plain.federation.adapter - plain.start)) > 0.05
+    # Of as many values as travel, and no more.
+    assert noisy.journal.ledger().releases == (client_release(noisy.config, size, 1),)
+    theirs = _privates(plain)
+    for name, own in _privates(noisy).items():
+        assert own.tobytes() == theirs[name].tobytes()
