@@ -24,6 +24,9 @@ app = typer.Typer(
 )
 
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ClientOption = Annotated[
+    str | None, typer.Option(help="With the private part of this client of a simulation.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -135,13 +138,14 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="A file with texts and labels.")],
     text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the label.")] = "label",
+    client: ClientOption = None,
     as_json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Evaluate the adapter of a run on a file."""
     from fedtune.simulation import results
 
-    raise typer.Exit(results.evaluate(run, data, text_column, label_column, as_json))
+    raise typer.Exit(results.evaluate(run, data, text_column, label_column, as_json, client))
 
 
 @app.command(epilog="Examples:  fedtune export runs/hospitals --format merged --out model/")
@@ -152,12 +156,13 @@ def export(
         str,
         typer.Option("--format", help="merged: the adapter folded into the base; adapter: PEFT."),
     ] = "merged",
+    client: ClientOption = None,
     debug: DebugFlag = False,
 ) -> None:
     """Write the model of a run in another form."""
     from fedtune.simulation import results
 
-    raise typer.Exit(results.export(run, out, kind))
+    raise typer.Exit(results.export(run, out, kind, client))
 
 
 @app.command(epilog="Examples:  fedtune report runs/hospitals")

@@ -121,6 +121,10 @@ class Adapter(_Table):
     """Dropout before the LoRA matrices, in training."""
     targets: tuple[str, ...] = ()
     """Names of the modules that get LoRA matrices; empty: peft's choice for the architecture."""
+    private: tuple[Annotated[str, Field(pattern=r"^[^.\s]+(\.[^.\s]+)*$")], ...] = ()
+    """Tensors that are trained at each client and never leave it, by parts of their names between
+    dots: `nano_text`, `classifier`, `layer.5`, `lora_B`. The server sees neither them nor their
+    sum; see docs/personalization.md. Empty: everything is shared."""
 
 
 class Data(_Table):
@@ -509,6 +513,11 @@ class Config(_Table):
                 "train.method = forward-only compares two passes, and adapter.dropout would make "
                 "them two models; set it to 0"
             )
+        if self.train.method == "forward-only" and self.adapter.private:
+            raise ValueError(
+                "train.method = forward-only moves the whole adapter along each direction, and no "
+                "part of it can stay behind as adapter.private; use train.method = backprop"
+            )
         if self.train.method == "forward-only" and self.split.eta is not None:
             raise ValueError(
                 "train.method = forward-only compares two passes, and the noise of split.eta is "
@@ -634,7 +643,8 @@ class Site(_Table):
     keys: str = "keys"
     """Folder of this site's private keys, made by `fedtune keys site`."""
     memory: str = "site.db"
-    """What the site remembers: its part in each round, and the privacy it has spent."""
+    """What the site remembers: its part in each round, the privacy it has spent, and the private
+    part of its adapter."""
     audit: str = "audit.jsonl"
     """The site's audit log, see `fedtune audit verify`."""
 

@@ -82,10 +82,24 @@ class ClientSummary(Record):
     label_counts: tuple[int, ...]  # in the order of Summary.labels
     rounds_completed: int
     rounds_failed: int
-    accuracy: float | None  # the federated model on the common test set, or on the client's own
+    accuracy: float | None  # the federated model on the common test set, or on the client's own;
+    # of an adapter with a private part: with the one that all clients began with
     own_mix_accuracy: float | None
     local_accuracy: float | None  # trained alone with the same budget; only with references
     local_own_mix_accuracy: float | None
+    personal_accuracy: float | None = None  # with the client's own private part of the adapter
+    personal_own_mix_accuracy: float | None = None
+
+    @property
+    def reached(self) -> float | None:
+        """Accuracy of what the client ends up with: with its private part, if it has one."""
+        return self.accuracy if self.personal_accuracy is None else self.personal_accuracy
+
+    @property
+    def reached_own_mix(self) -> float | None:
+        """The same on its own mix."""
+        own = self.personal_own_mix_accuracy
+        return self.own_mix_accuracy if own is None else own
 
 
 @dataclass(frozen=True)

@@ -118,16 +118,12 @@ def attach_lora(module: nn.Module, lora: LoRA, seed: int) -> AttachedAdapter:
 
     Raises `ConfigError` when the targets do not fit the module.
     """
-    from peft import get_peft_model_state_dict
-
     config = _peft_config(lora)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = _wrap(module, lora, config)
     trainable = {id(p): p for p in wrapped.parameters() if p.requires_grad}
-    # peft's own names: what travels is what `PeftModel.from_pretrained` will look for.
-    # With embeddings to be found "automatically", it would ask the hub about the base model.
-    state: dict[str, Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    state = _state(wrapped)
     by_address = {p.data_ptr(): p for p in trainable.values()}
     named = {name: by_address[tensor.data_ptr()] for name, tensor in state.items()}
     if len(named) != len(trainable):
@@ -135,13 +131,13 @@ def attach_lora(module: nn.Module, lora: LoRA, seed: int) -> AttachedAdapter:
     return AttachedAdapter(wrapped, named, config)
 
 
-def adapter_size(module: nn.Module, lora: LoRA) -> int:
-    """How many values `lora` has on `module`, which may be on the meta device and is changed.
+def adapter_manifest(module: nn.Module, lora: LoRA) -> Manifest:
+    """The tensors of `lora` on `module`, which may be on the meta device and is changed.
 
     Raises `ConfigError` when the targets do not fit the module.
     """
-    wrapped = _wrap(module, lora, _peft_config(lora))
-    return sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    state = _state(_wrap(module, lora, _peft_config(lora)))
+    return Manifest.of((name, tuple(tensor.shape)) for name, tensor in state.items())
 
 
 def target_names(adapter: AttachedAdapter) -> list[str]:
@@ -154,6 +150,15 @@ def linear_names(module: nn.Module) -> list[str]:
     """Last parts of the names of all linear modules, each once, in order."""
     names = (n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear))
     return list(dict.fromkeys(names))
+
+
+def _state(wrapped: Any) -> dict[str, Tensor]:
+    """The adapter's tensors by peft's own names, which `PeftModel.from_pretrained` looks for."""
+    from peft import get_peft_model_state_dict
+
+    # With embeddings to be found "automatically", it would ask the hub about the base model.
+    state: dict[str, Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    return state
 
 
 def _peft_config(lora: LoRA) -> Any:

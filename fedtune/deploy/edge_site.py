@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from fedtune.adapter.parts import parts_of
 from fedtune.data import TextExamples
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
@@ -50,13 +51,14 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
             tokenizer = EdgeTokenizer(artifacts, fitting)
             rows = tokenizer.prepare(train)
     trainer = _trainer(files, artifacts, micro_batch, len(train))
-    parts = f", {micro_batch} at a time" if micro_batch < config.train.batch_size else ""
+    micro_batches = f", {micro_batch} at a time" if micro_batch < config.train.batch_size else ""
     how = "without gradients" if files.step == "forward" else machine.runtime
     return SiteTraining(
         trainer,
         rows,
         tokenizer.prepare(test) if test else None,
-        f"{how} {machine.precision}{parts}, artifacts {artifacts.digest[:16]}",
+        f"{how} {machine.precision}{micro_batches}, artifacts {artifacts.digest[:16]}",
+        parts_of(config.adapter.private, artifacts.tensors, artifacts.initial()),
     )
 
 

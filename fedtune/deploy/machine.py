@@ -35,8 +35,9 @@ def make_machine(files: SiteFiles) -> tuple[AuditedMachine, str]:
         training.trainer,
         training.train,
         training.test,
-        make_pipeline(config.update, config.values_sent(training.trainer.manifest.size)),
+        make_pipeline(config.update, config.values_sent(training.manifest.size)),
         membership,
+        training.parts,
     )
     log = AuditLog(files.find(site.site.audit), keys.identity)
     words = f"{len(training.train):,} rows to train on, {training.words}"

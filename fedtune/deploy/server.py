@@ -45,6 +45,7 @@ from fedtune.simulation.job import (
     check_cohort,
     check_privacy,
     job_of_model,
+    shared_size,
 )
 from fedtune.simulation.run import Options, Outcome, Simulation, check_same_job, create_run
 from fedtune.train.task import Rows
@@ -224,7 +225,7 @@ def _job(deployment: Deployment) -> Iterator[tuple[Job, SplitServer | None]]:
         from fedtune.deploy.vision_server import serve_base, vision_model, vision_server_job
 
         vision = vision_model(config)
-        check_privacy(config, vision.adapter.manifest.size, len(names))
+        check_privacy(config, shared_size(config, vision.adapter), len(names))
         job = vision_server_job(config, vision, absent, file)
         if config.base.placement == "client":
             yield job, None
@@ -237,7 +238,7 @@ def _job(deployment: Deployment) -> Iterator[tuple[Job, SplitServer | None]]:
     columns = config.data.text_column, config.label_column
     test = load_examples(file, labels, *columns) if file else None
     model = TextModel(config, len(labels))
-    check_privacy(config, model.adapter.manifest.size, len(names))
+    check_privacy(config, shared_size(config, model.adapter), len(names))
     words = "each site's own; the server sees none of it"
     yield job_of_model(config, model, absent, test, labels, words), None
 

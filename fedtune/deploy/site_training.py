@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedtune.adapter.parts import Parts
 from fedtune.train.trainer import Dataset, Trainer
+from fedtune.types import Manifest
 
 
 @dataclass(frozen=True)
@@ -15,3 +17,9 @@ class SiteTraining:
     train: Dataset
     test: Dataset | None
     words: str
+    parts: Parts | None = None  # of the trainer's adapter, if some of it stays here
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of what travels."""
+        return self.parts.shared if self.parts else self.trainer.manifest

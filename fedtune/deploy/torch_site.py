@@ -8,7 +8,7 @@ from fedtune.data import TextExamples
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
 from fedtune.round.local import record_privacy
-from fedtune.simulation.job import TextModel, torch_settings
+from fedtune.simulation.job import TextModel, parts_for, torch_settings
 from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
 from fedtune.train.torch_trainer import TorchTrainer, choose_device
 from fedtune.train.trainer import Trainer
@@ -20,7 +20,7 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
     device = choose_device(config.train.device)
     torch.set_num_threads(config.train.threads)
     model = TextModel(config, len(config.data.labels))
-    initial = model.adapter.read()
+    initial, parts = model.adapter.read(), parts_for(config, model.adapter)
     if device.type != "cpu":
         model.adapter.to(device)
     settings = torch_settings(config.train, record_privacy(config, len(train)))
@@ -34,4 +34,5 @@ def load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> Si
         model.prepare(train),
         model.prepare(test) if test else None,
         f"base model {config.base.path}",
+        parts,
     )

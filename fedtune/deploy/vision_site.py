@@ -10,7 +10,7 @@ from fedtune.data.question_files import read_questions
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
 from fedtune.errors import ConfigError
-from fedtune.simulation.job import torch_settings
+from fedtune.simulation.job import parts_for, torch_settings
 from fedtune.simulation.vision import VisionClient, VisionModel
 from fedtune.split.client import GrpcBase
 from fedtune.train.channel import Meter
@@ -41,7 +41,13 @@ def load_questions(files: SiteFiles) -> SiteTraining:
     if config.train.method == "forward-only":
         directions = directions_of(config, half.adapter.manifest, half.adapter.read())
         trainer = forward_trainer(config, torch_trainer, half.adapter, half.task, directions)
-    return SiteTraining(trainer, half.prepare(train), half.prepare(test) if test else None, words)
+    return SiteTraining(
+        trainer,
+        half.prepare(train),
+        half.prepare(test) if test else None,
+        words,
+        parts_for(config, half.adapter),
+    )
 
 
 def _model(files: SiteFiles) -> tuple[VisionClient, str, str]:

@@ -118,7 +118,7 @@ def agreed_digest(config: Config) -> str:
     base = config.base
     return digest_of(
         {
-            "adapter": config.adapter.model_dump(mode="json"),
+            "adapter": config.adapter.model_dump(mode="json", exclude={"private"}),
             "task": base.task,
             "pooling": base.pooling,
             "max-length": base.max_length,
@@ -166,7 +166,8 @@ class EdgeArtifacts:
                 f"{self.folder}: built for another adapter, task, pooling, max-length or number of "
                 "labels than the federation has; build them from its federation.toml"
             )
-        if config.train.method == "forward-only" and found.seed != config.seed:
+        from_seed = config.train.method == "forward-only" or config.adapter.private
+        if from_seed and found.seed != config.seed:
             raise ArtifactError(
                 f"{self.folder}: their initial adapter is of seed {found.seed}, the federation's "
                 f"of {config.seed}; build them from its federation.toml"

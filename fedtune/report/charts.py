@@ -94,7 +94,7 @@ def clients_charts(comparison: Comparison, noun: str) -> list[Chart]:
     charts = [_clients_chart(comparison.pairs, noun, ", own case mix" * comparison.own_mix)]
     if comparison.own_mix and comparison.gains:
         plain = tuple(
-            Pair(pair.client, pair.client.accuracy, pair.client.local_accuracy)
+            Pair(pair.client, pair.client.reached, pair.client.local_accuracy)
             for pair in comparison.pairs
         )
         charts.insert(0, _clients_chart(plain, noun, ", all cases alike"))

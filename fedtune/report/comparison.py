@@ -18,7 +18,7 @@ REFERENCE_WORDS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One client's accuracy with the federated model and with the one it trained alone."""
+    """One client's accuracy with what it has of the federation, and with what it trained alone."""
 
     client: ClientSummary
     federated: float | None
@@ -32,7 +32,7 @@ class Pair:
     @property
     def plain_gain(self) -> float | None:
         """The same on all cases alike, not on the client's own mix."""
-        return _difference(_known(self.client.accuracy), _known(self.client.local_accuracy))
+        return _difference(_known(self.client.reached), _known(self.client.local_accuracy))
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Comparison:
 
     pairs: tuple[Pair, ...]
     own_mix: bool  # on the client's own case mix; otherwise on the plain accuracies
+    personal: bool = False  # with each client's private part of the adapter
 
     @property
     def gains(self) -> tuple[float, ...]:
@@ -54,7 +55,7 @@ class Comparison:
 
 
 def compare(summary: Summary) -> Comparison:
-    """Each client's federated and lonely accuracy.
+    """Each client's federated and lonely accuracy; federated with its private part, if any.
 
     One measure for all clients, own case mix where it exists: gains on different test
     distributions could not be set side by side.
@@ -62,12 +63,13 @@ def compare(summary: Summary) -> Comparison:
     own_mix = any(client.own_mix_accuracy is not None for client in summary.per_client)
     return Comparison(
         tuple(
-            Pair(client, _known(client.own_mix_accuracy), _known(client.local_own_mix_accuracy))
+            Pair(client, _known(client.reached_own_mix), _known(client.local_own_mix_accuracy))
             if own_mix
-            else Pair(client, _known(client.accuracy), _known(client.local_accuracy))
+            else Pair(client, _known(client.reached), _known(client.local_accuracy))
             for client in summary.per_client
         ),
         own_mix,
+        any(client.personal_accuracy is not None for client in summary.per_client),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 from fedtune.records import Reference, Summary
 from fedtune.report.comparison import compare
@@ -38,12 +39,30 @@ def _federated(summary: Summary) -> str:
     else:
         return f"No accuracy was measured for the model that {clients} trained together."
     # "final" is of the last round that was evaluated, not always of the last round.
-    return f"Federated: {clients} together reach {reached} after {plural(final.round, 'round')}."
+    after = f"after {plural(final.round, 'round')}"
+    if own := _personal(summary):
+        # Not the last round's score: that is with clients' parts if it is on their own test sets.
+        shared = fmean(c.accuracy for c in summary.per_client if c.accuracy is not None)
+        noun = noun_of(client.name for client in summary.per_client)
+        return (
+            f"Federated: with its own private part a {noun} reaches {percent(fmean(own))} "
+            f"{after}, on average ({percent(min(own))} to {percent(max(own))}); what {clients} "
+            f"share reaches {percent(shared)} with the part that all began with."
+        )
+    return f"Federated: {clients} together reach {reached} {after}."
+
+
+def _personal(summary: Summary) -> list[float]:
+    """The clients' accuracies with their private parts, where the adapter has such."""
+    known = (client.personal_accuracy for client in summary.per_client)
+    return [accuracy for accuracy in known if accuracy is not None and _finite(accuracy)]
 
 
 def _references(summary: Summary) -> str:
     """What the other ways reach; empty without a federated accuracy or without references."""
     federated = summary.final.accuracy if summary.final else None
+    if own := _personal(summary):
+        federated = fmean(own)
     if federated is None or not _finite(federated):
         return ""
     by_name = {ref.name: ref for ref in summary.references if _finite(ref.accuracy)}

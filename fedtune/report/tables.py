@@ -126,13 +126,14 @@ def _client_table(summary: Summary) -> Table:
     for pair in comparison.pairs:
         if id(pair.client) in shown:
             table.add_row(*_cells(pair, len(summary.labels), comparison.own_mix, with_alone))
+    notes = []
     if comparison.own_mix:
-        table.caption = f"own mix: accuracy with each label weighted as the {noun} sees it"
+        notes.append(f"own mix: accuracy with each label weighted as the {noun} sees it")
         if with_alone:
-            table.caption += (
-                "; all: all cases alike; alone: trained without the others; gain: points"
-            )
-        table.caption_justify = "left"
+            notes.append("all: all cases alike; alone: trained without the others; gain: points")
+    if comparison.personal:
+        notes.append(f"each {noun} with its own private part")
+    table.caption, table.caption_justify = "; ".join(notes) or None, "left"
     return table
 
 
@@ -146,7 +147,7 @@ def _cells(pair: Pair, labels: int, own_mix: bool, with_alone: bool) -> list[Tex
     if own_mix and with_alone:  # no room for labels; the common accuracy is in the headline
         cells += [words.percent(client.local_accuracy), words.points(pair.plain_gain)]
     elif labels:
-        cells += [f"{held}/{labels}", words.percent(client.accuracy)]
+        cells += [f"{held}/{labels}", words.percent(client.reached)]
     if own_mix:
         cells.append(words.percent(pair.federated))
     if with_alone:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fedtune.adapter.parts import Parts
 from fedtune.config import Config
 from fedtune.errors import PolicyRefusal, ProtocolViolation
 from fedtune.round.local import LocalUpdate, LocalWork
 from fedtune.round.masked_client import MaskedClient
 from fedtune.round.membership import Membership
+from fedtune.round.personal import Personal
 from fedtune.round.terms import make_quantizer, make_ring
 from fedtune.train.trainer import Dataset, Trainer
 from fedtune.types import Float32Vector
@@ -33,10 +35,17 @@ class ClientMachine:
         test_data: Dataset | None,
         pipeline: UpdatePipeline,
         membership: Membership | None = None,
+        parts: Parts | None = None,
     ) -> None:
+        """`parts` of the trainer's adapter, if some stay here, in the membership's memory."""
+        personal = None
+        if parts is not None:
+            if membership is None:
+                raise ValueError("a private part of the adapter needs a memory")
+            personal = Personal(parts, membership.store, name)
         self.name = name
         self._config = config
-        self._local = LocalWork(name, config, trainer, train_data, test_data)
+        self._local = LocalWork(name, config, trainer, train_data, test_data, personal)
         self._pipeline = pipeline
         self._membership = membership
         self._masked = (
@@ -88,14 +97,12 @@ class ClientMachine:
             return self._masked.train(payload)
         request = codec.decode_train_request(payload, self._local.adapter_bytes)
         adapter = self._accept(request)
-        number = request.context.round
-        if self._membership is not None:
-            run_id, site = request.context.run_id, self._membership
-            if charge := site.charge(self._local, run_id, number):
-                site.store.charge(self.name, run_id, charge)
+        run_id, number, site = request.context.run_id, request.context.round, self._membership
+        if site is not None and (charge := site.charge(self._local, run_id, number)):
+            site.store.charge(self.name, run_id, charge)
 
         def encode(result: LocalUpdate) -> bytes:
-            return codec.encode_train_reply(
+            reply = codec.encode_train_reply(
                 codec.TrainReply(
                     context=request.context,
                     update=self._encode(result, number),
@@ -104,8 +111,11 @@ class ClientMachine:
                     train_seconds=result.seconds,
                 )
             )
+            if result.private is not None and site is not None:
+                site.store.keep(self.name, result.private)
+            return reply
 
-        return self._local.train_and(encode, adapter, number, self._tells_failures())
+        return self._local.train_and(encode, adapter, run_id, number, self._tells_failures())
 
     def evaluate(self, payload: bytes) -> bytes:
         """Answer a request to evaluate on the client's own test set."""
@@ -117,7 +127,8 @@ class ClientMachine:
                 "a score of its own is neither masked nor noised, and this site's "
                 "policy.share-metrics or the unit of privacy does not allow it"
             )
-        result = self._local.evaluate(adapter)
+        context = request.context
+        result = self._local.evaluate(adapter, context.run_id, context.round)
         return codec.encode_evaluate_reply(
             codec.EvaluateReply(request.context, result.examples, result.correct, result.loss_sum)
         )

@@ -11,6 +11,8 @@ import numpy as np
 
 from fedtune.config import Config
 from fedtune.errors import ContextMismatch, MalformedMessage, TrainingError
+from fedtune.round.personal import Personal
+from fedtune.round.site import PrivatePart
 from fedtune.round.terms import fisher_scale, record_release
 from fedtune.train.batches import (
     client_rng,
@@ -20,7 +22,7 @@ from fedtune.train.batches import (
     rounding_rng,
 )
 from fedtune.train.private import RecordPrivacy
-from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, Trainer
+from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult, Trainer
 from fedtune.types import Float32Vector, RoundContext
 from fedtune.update.fisher import weigh
 
@@ -42,11 +44,15 @@ class LocalUpdate:
 
     Mean loss and seconds are 0 under differential privacy: a loss has no noise, and from the
     time one can tell how many examples were drawn.
+
+    `private` is for the site's memory, where it must be when the update leaves, and for nobody
+    else.
     """
 
     update: Float32Vector = field(repr=False)
     loss: float
     seconds: float
+    private: PrivatePart | None = field(default=None, repr=False)
 
 
 class LocalWork:
@@ -59,12 +65,15 @@ class LocalWork:
         trainer: Trainer,
         train_data: Dataset,
         test_data: Dataset | None,
+        personal: Personal | None = None,
     ) -> None:
+        """`personal` is of the trainer's whole adapter; None: all of it is shared."""
         self.name = name
         self.config = config
-        self.manifest = trainer.manifest
+        self.manifest = personal.parts.shared if personal else trainer.manifest
         self.base_digest = trainer.base_digest
         self._trainer = trainer
+        self._personal = personal
         self.train_data = train_data
         self.test_data = test_data
 
@@ -112,7 +121,7 @@ class LocalWork:
             raise MalformedMessage("the global adapter has values that are not finite")
         return vector.astype(np.float32)
 
-    def train(self, adapter: Float32Vector, round_number: int) -> LocalUpdate:
+    def train(self, adapter: Float32Vector, run_id: str, round_number: int) -> LocalUpdate:
         """Train from `adapter`; raises `TrainingError` when training fails."""
         rows = len(self.train_data)
         if not rows:
@@ -131,7 +140,7 @@ class LocalWork:
             fisher=self.config.aggregate.rule == "fisher",
             proximal=train.proximal,
         )
-        result = self._trainer.train(adapter, self.train_data, plan)
+        result, private = self._trained(adapter, plan, run_id, round_number)
         update = result.adapter - adapter
         if not np.isfinite(update).all():
             raise TrainingError("training gave values that are not finite; lower train.lr")
@@ -141,13 +150,27 @@ class LocalWork:
             scale = fisher_scale(self.config, self.manifest.size)
             update = weigh(update, result.fisher, self.config.aggregate.fisher_damping, scale)
         if self.config.privacy.unit != "none":
-            return LocalUpdate(update, 0.0, 0.0)
-        return LocalUpdate(update, result.loss or 0.0, result.seconds)
+            return LocalUpdate(update, 0.0, 0.0, private)
+        return LocalUpdate(update, result.loss or 0.0, result.seconds, private)
+
+    def _trained(
+        self, adapter: Float32Vector, plan: LocalPlan, run_id: str, round_number: int
+    ) -> tuple[LocalResult, PrivatePart | None]:
+        """What training makes of the part that travels, and of the client's own."""
+        own = self._personal
+        if own is None:
+            return self._trainer.train(adapter, self.train_data, plan), None
+        before = own.before(run_id, round_number)
+        result = self._trainer.train(own.parts.join(adapter, before), self.train_data, plan)
+        if not np.isfinite(result.adapter).all():
+            raise TrainingError("training gave values that are not finite; lower train.lr")
+        return own.divide(result, run_id, round_number, before)
 
     def train_and(
         self,
         encode: Callable[[LocalUpdate], Encoded],
         adapter: Float32Vector,
+        run_id: str,
         round_number: int,
         tells_failures: bool,
     ) -> Encoded:
@@ -158,9 +181,9 @@ class LocalWork:
         at home only, unless the site `tells_failures`; then it is raised.
         """
         if tells_failures:
-            return encode(self.train(adapter, round_number))
+            return encode(self.train(adapter, run_id, round_number))
         try:
-            return encode(self.train(adapter, round_number))
+            return encode(self.train(adapter, run_id, round_number))
         except Exception:
             logger.exception(
                 "%s: training failed in round %d; the server gets an update of zeros. To let it "
@@ -174,8 +197,14 @@ class LocalWork:
         """Decides in which direction this round's values are rounded; not secret."""
         return rounding_rng(self.config.seed, round_number, self.name)
 
-    def evaluate(self, adapter: Float32Vector) -> Evaluation:
-        """Evaluate on the client's own test set; raises `TrainingError` if there is none."""
+    def evaluate(self, adapter: Float32Vector, run_id: str, round_number: int) -> Evaluation:
+        """Evaluate what a round ended with, with the client's private part, on its own test set.
+
+        Raises `TrainingError` if there is none.
+        """
         if self.test_data is None:
             raise TrainingError("this client has no test set to evaluate on")
+        if self._personal is not None:
+            own = self._personal.before(run_id, round_number + 1)
+            adapter = self._personal.parts.join(adapter, own)
         return self._trainer.evaluate(adapter, self.test_data)

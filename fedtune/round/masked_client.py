@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedtune.errors import ContextMismatch, PolicyRefusal, ProtocolViolation
 from fedtune.round.local import LocalUpdate, LocalWork
 from fedtune.round.membership import Membership
-from fedtune.round.site import Answer, SavedSession
+from fedtune.round.site import Answer, PrivatePart, SavedSession
 from fedtune.round.terms import make_quantizer, make_ring, make_terms
 from fedtune.secagg.client import ClientSession
 from fedtune.secagg.keys import SERVER
@@ -71,30 +71,30 @@ class MaskedClient:
         charge = site.charge(local, saved.run_id, saved.round)
         cohort = len(accepted.adverts)
         quantizer = make_quantizer(local.config, local.values_sent, cohort, self._terms)
-        values, seconds = self._work(quantizer, local.read_adapter(adapter), saved.round)
+        values, seconds, private = self._work(quantizer, local.read_adapter(adapter), saved)
         ring = make_ring(quantizer, cohort)
         masked, update = accepted.mask(values, ring, site.identity, self._terms)
         answer = self._seal(Kind.UPDATE, masked, codec.encode_update(update, seconds))
-        site.store.advance(saved.state, masked, Answer(request, answer), charge)
+        site.store.advance(saved.state, masked, Answer(request, answer), charge, private)
         return answer
 
     def _work(
-        self, quantizer: Quantizer, adapter: Float32Vector, round_number: int
-    ) -> tuple[NDArray[np.int64], float]:
-        """Train: the integers to mask, and for how many seconds, if the site tells."""
+        self, quantizer: Quantizer, adapter: Float32Vector, saved: SavedSession
+    ) -> tuple[NDArray[np.int64], float, PrivatePart | None]:
+        """Train: the integers to mask, for how many seconds, if the site tells, and what stays."""
         local, policy = self._local, self._site.policy
 
-        def encode(result: LocalUpdate) -> tuple[NDArray[np.int64], float]:
+        def encode(result: LocalUpdate) -> tuple[NDArray[np.int64], float, PrivatePart | None]:
             tells = policy.share_metrics != "never"
             values = quantizer.encode(
                 result.update,
                 max(1, local.train_examples) if tells else 1,
                 result.loss if tells else 0.0,
-                local.rounding(round_number),
+                local.rounding(saved.round),
             )
-            return values, result.seconds if tells else 0.0
+            return values, result.seconds if tells else 0.0, result.private
 
-        return local.train_and(encode, adapter, round_number, policy.report_failures)
+        return local.train_and(encode, adapter, saved.run_id, saved.round, policy.report_failures)
 
     def _advertise(self, envelope: Envelope, request: bytes) -> bytes:
         session = codec.decode_invite(envelope.body)

@@ -1,4 +1,4 @@
-"""What a site remembers: its part in each round, and the privacy it has spent.
+"""What a site remembers: its part in each round, the privacy it has spent, its private part.
 
 One SQLite file. A session's state is made durable before the answer that it stands for is sent,
 so a site that is killed at any moment and started again says nothing twice.
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from fedtune.errors import BudgetExceeded, ClientFailure, ProtocolViolation, RunFolderError
 from fedtune.files import transaction
 from fedtune.privacy.accountant import Ledger, Release
@@ -22,6 +24,7 @@ from fedtune.secagg.client import ClientSession, Stage
 from fedtune.secagg.keys import Identity
 from fedtune.secagg.saved import dump, load
 from fedtune.secagg.session import Session
+from fedtune.types import Float32Vector
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS identities (name TEXT PRIMARY KEY, private_key BLOB NOT NULL) STRICT;
@@ -49,6 +52,14 @@ CREATE TABLE IF NOT EXISTS releases (
     client TEXT NOT NULL,
     run_id TEXT NOT NULL,
     release TEXT NOT NULL         -- JSON; rows are added and never changed
+) STRICT;
+CREATE TABLE IF NOT EXISTS private_parts (
+    client TEXT NOT NULL,
+    run_id TEXT NOT NULL,
+    round INTEGER NOT NULL,       -- the last one trained in
+    before BLOB NOT NULL,         -- little-endian float32: what that round began with
+    after BLOB NOT NULL,          -- and ended with
+    PRIMARY KEY (client, run_id)
 ) STRICT;
 """
 logger = logging.getLogger(__name__)
@@ -89,6 +100,19 @@ class Answer:
 
     request: bytes
     payload: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PrivatePart:
+    """A client's private part of the adapter over one round (float32, in manifest order).
+
+    Both ends of the round are kept: a round that is asked for again begins where it did before.
+    """
+
+    run_id: str
+    round: int
+    before: Float32Vector = field(repr=False)
+    after: Float32Vector = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -239,8 +263,9 @@ class SiteStore:
         after: ClientSession,
         answer: Answer,
         charge: Charge | None = None,
+        private: PrivatePart | None = None,
     ) -> None:
-        """Replace a session's state, and enter what its answer releases, at once.
+        """Replace a session's state, enter what its answer releases, and keep `private`, at once.
 
         Raises `ProtocolViolation` if the session has gone on meanwhile, and `BudgetExceeded`.
         """
@@ -263,6 +288,9 @@ class SiteStore:
             if charge is not None:
                 saved = self.find(before.name, before.session)
                 self._enter(before.name, saved.run_id, charge)
+            if private is not None:
+                # Never without the charge: what later rounds send depends on it.
+                self._keep(before.name, private)
         if after.stage is Stage.REVEALED:
             with self._told():
                 # Deleted secrets are overwritten in the file, but older pages stay in its log.
@@ -279,6 +307,29 @@ class SiteStore:
         kind = charge.release.kind
         run = Ledger(release for owner, release in found if owner == run_id)
         charge.check(run, Ledger(release for _, release in found if release.kind == kind))
+
+    def keep(self, client: str, private: PrivatePart) -> None:
+        """Replace what `private_part` finds, outside of a session."""
+        with self._writing():
+            self._keep(client, private)
+
+    def private_part(self, client: str, run_id: str, round_number: int) -> Float32Vector | None:
+        """What the client's round begins with, float32; None if it has trained in none before.
+
+        Raises `ProtocolViolation` for a round before the last one that it trained in.
+        """
+        row = self._db.execute(
+            "SELECT round, before, after FROM private_parts WHERE client = ? AND run_id = ?",
+            (client, run_id),
+        ).fetchone()
+        if row is None:
+            return None
+        last, before, after = row
+        if round_number < last:
+            raise ProtocolViolation(
+                f"round {round_number} after round {last}: the private part of then is gone"
+            )
+        return np.frombuffer(before if round_number == last else after, "<f4").astype(np.float32)
 
     def ledger(self, client: str, run_id: str) -> Ledger:
         """All that the client has released in a run."""
@@ -306,6 +357,13 @@ class SiteStore:
         self.check(client, run_id, charge)
         entry = json.dumps(Ledger([charge.release]).to_json())
         self._db.execute("INSERT INTO releases VALUES (?, ?, ?)", (client, run_id, entry))
+
+    def _keep(self, client: str, private: PrivatePart) -> None:
+        before, after = (v.astype("<f4").tobytes() for v in (private.before, private.after))
+        self._db.execute(
+            "INSERT OR REPLACE INTO private_parts VALUES (?, ?, ?, ?, ?)",
+            (client, private.run_id, private.round, before, after),
+        )
 
     def _releases(self, client: str) -> list[tuple[str, Release]]:
         """Everything that the client has ever released, by run, the oldest first."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune.adapter.lora import AttachedAdapter, LoRA, attach_lora, target_names
+from fedtune.adapter.parts import Parts, parts_of, shared_manifest
 from fedtune.base.causal import CausalBase
 from fedtune.base.classifier import BaseModel
 from fedtune.config import Config, Train
@@ -89,6 +90,7 @@ class Job:
     warnings: tuple[str, ...]
     has_classifier: bool = False  # whether it is an encoder with a linear head on top
     directions: Directions | None = None  # in which forward-only training moves the adapter
+    parts: Parts | None = None  # of an adapter that is not shared as a whole
     shown: tuple[Shown, ...] = ()
     connector: Path | None = None  # a file that belongs to the adapter
     meter: Metered | None = None  # what passes the cut, where the base model is behind one
@@ -97,21 +99,24 @@ class Job:
     @property
     def manifest(self) -> Manifest:
         """Of what travels."""
+        if self.parts:
+            return self.parts.shared
         return self.directions.manifest if self.directions else self.adapter.manifest
 
     def initial(self) -> Float32Vector:
         """What the first round starts from, float32 `[manifest.size]`."""
         if self.directions:
             return np.zeros(self.directions.count, np.float32)
-        return self.adapter.read()
+        return self.parts.shared_of(self.parts.start) if self.parts else self.adapter.read()
 
     def adapter_at(self, state: Float32Vector) -> Float32Vector:
-        """The adapter that is meant by what travels, float32 `[adapter.manifest.size]`."""
-        return self.directions.expand(state) if self.directions else state
+        """The adapter that is meant by what travels, float32 `[adapter.manifest.size]`.
 
-    def trainer(self) -> Trainer:
-        """A trainer on the resident model."""
-        return self._trainer(self.torch_trainer())
+        Its private part, if it has one, is the one that every client began with.
+        """
+        if self.parts:
+            return self.parts.join(state, self.parts.private_of(self.parts.start))
+        return self.directions.expand(state) if self.directions else state
 
     def torch_trainer(self, record_privacy: RecordPrivacy | None = None) -> TorchTrainer:
         """A trainer of adapters, not of directions, on the resident model."""
@@ -139,6 +144,7 @@ class Job:
             client.test,
             make_pipeline(self.config.update, self.config.values_sent(self.manifest.size)),
             membership,
+            self.parts,
         )
 
 
@@ -186,7 +192,7 @@ def text_job(config: Config, data: FederatedData | None = None) -> Job:
         raise DataError(f"classification needs at least 2 labels; all rows have {data.labels[0]!r}")
     check_cohort(config, len(data.clients))
     model = TextModel(config, len(data.labels))
-    check_privacy(config, model.adapter.manifest.size, len(data.clients))
+    check_privacy(config, shared_size(config, model.adapter), len(data.clients))
     clients = [
         JobClient(
             client.name,
@@ -225,6 +231,7 @@ def job_of_model(
         warnings=warnings,
         has_classifier=bool(labels),
         directions=directions_for(config, model.adapter),
+        parts=parts_for(config, model.adapter),
     )
 
 
@@ -238,10 +245,15 @@ def check_cohort(config: Config, clients: int) -> None:
             raise ConfigError(f"{key} = {value}, but there are {clients} clients; lower it")
 
 
+def shared_size(config: Config, adapter: AttachedAdapter) -> int:
+    """How many of the adapter's values are not private; raises `ConfigError` if none are."""
+    return shared_manifest(config.adapter.private, adapter.manifest).size
+
+
 def check_privacy(config: Config, size: int, clients: int) -> None:
     """Raise `ConfigError` if updates of so many clients cannot be protected.
 
-    The adapter has `size` values.
+    The adapter has `size` values that are not private.
     """
     size = config.values_sent(size)
     cohort = min(config.rounds.clients_per_round or clients, clients)
@@ -305,7 +317,7 @@ def custom_job(
     check_cohort(config, len(clients))
     base_digest = digest_module(module)
     attached = attach_lora(module, lora, config.seed)
-    check_privacy(config, attached.manifest.size, len(clients))
+    check_privacy(config, shared_size(config, attached), len(clients))
     task = CustomTask(loss)
     targets = [class_targets(rows) for _, rows, _ in clients]
     labels = 1 + max((int(found.max()) for found in targets if len(found)), default=-1)
@@ -333,6 +345,7 @@ def custom_job(
         data_words=f"own data of {len(clients)} clients",
         warnings=(),
         directions=directions_for(config, attached),
+        parts=parts_for(config, attached),
     )
 
 
@@ -343,8 +356,15 @@ def directions_for(config: Config, adapter: AttachedAdapter) -> Directions | Non
     return directions_of(config, adapter.manifest, adapter.read())
 
 
+def parts_for(config: Config, adapter: AttachedAdapter) -> Parts | None:
+    """What of an adapter that is still as the seed has it is shared; None: all."""
+    return parts_of(config.adapter.private, adapter.manifest, adapter.read())
+
+
 def method_words(config: Config) -> str:
-    """What to add to an adapter's description if it is not trained by gradients."""
+    """What to add to an adapter's description if it is not shared whole, or has no gradients."""
+    if config.adapter.private:
+        return f", {', '.join(config.adapter.private)} private"
     if config.train.method == "backprop":
         return ""
     return f", forward-only in {config.train.directions:,} directions"

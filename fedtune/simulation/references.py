@@ -145,7 +145,7 @@ def _train(
     )
     rng = client_rng(job.config.seed, 0, "reference")
     plan = LocalPlan(plan_batches(data.lengths, steps, batch_size, rng), rates, dropout_seed(rng))
-    trainer = job.trainer()
+    trainer = job.torch_trainer()
     result = trainer.train(initial, data, plan)
     evaluation = trainer.evaluate(result.adapter, test)
     return ReferenceResult(evaluation, time.perf_counter() - started, steps * batch_size)

@@ -7,24 +7,37 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fedtune.adapter.lora import AttachedAdapter
 from fedtune.config import Config, load_config
 from fedtune.data.labelled import load_examples
 from fedtune.errors import BaseModelError, ConfigError, RunFolderError
 from fedtune.export.merged import CLASSIFIER, export_merged
 from fedtune.export.peft_folder import Passport, read_adapter, write_adapter
-from fedtune.simulation.folder import ADAPTER, CONFIG, CONNECTOR
-from fedtune.simulation.job import TextModel
+from fedtune.round.site import SiteStore
+from fedtune.simulation.folder import ADAPTER, CONFIG, CONNECTOR, SITES, RunFolder
+from fedtune.simulation.job import TextModel, parts_for
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
 from fedtune.train.trainer import Evaluation
+from fedtune.types import Float32Vector
 
 
-def evaluate(path: Path, data: Path, text_column: str, label_column: str, as_json: bool) -> int:
-    """Evaluate the adapter of a run on the rows of a file; returns the exit code."""
+def evaluate(
+    path: Path,
+    data: Path,
+    text_column: str,
+    label_column: str,
+    as_json: bool,
+    client: str | None = None,
+) -> int:
+    """Evaluate the adapter of a run on the rows of a file; returns the exit code.
+
+    With the private part of `client`, or with the one that all clients began with.
+    """
     passport, config = Passport.read(path / ADAPTER), load_config(path / CONFIG)
     if config.base.task == "visual-question-answering":
-        found = _evaluate_questions(path, passport, config, data)
+        found = _evaluate_questions(path, passport, config, data, client)
     else:
-        text = _load_model(path, passport, config)
+        text = _load_model(path, passport, config, client)
         column = label_column if passport.labels else None
         examples = load_examples(data, passport.labels, text_column, column)
         trainer = TorchTrainer(text.adapter, text.task, text.base.digest, TorchSettings())
@@ -48,8 +61,11 @@ def evaluate(path: Path, data: Path, text_column: str, label_column: str, as_jso
     return 0
 
 
-def export(path: Path, out: Path, kind: str) -> int:
-    """Write the model of a run to the new folder `out`; returns the exit code."""
+def export(path: Path, out: Path, kind: str, client: str | None = None) -> int:
+    """Write the model of a run to the new folder `out`; returns the exit code.
+
+    Where a part of the adapter is private, the model is that of `client`.
+    """
     if kind not in ("merged", "adapter"):
         raise ConfigError(f"--format {kind}: there is merged and adapter")
     if out.exists():
@@ -60,7 +76,12 @@ def export(path: Path, out: Path, kind: str) -> int:
             f"{path}: NanoAdapters are beside the base model, and are neither merged nor peft's; "
             f"{path / ADAPTER} has their weights and the connector"
         )
-    model = _load_model(path, passport, config)
+    if config.adapter.private and client is None:
+        raise ConfigError(
+            f"{path}: part of its adapter is private, and every client has another model; name one "
+            f"with --client. What they share is in {path / ADAPTER}"
+        )
+    model = _load_model(path, passport, config, client)
     if kind == "merged":
         export_merged(model.adapter, model.base.tokenizer, passport, out)
         found = f"AutoModel.from_pretrained; head in {CLASSIFIER}"
@@ -75,22 +96,56 @@ def export(path: Path, out: Path, kind: str) -> int:
     return 0
 
 
-def _load_model(path: Path, passport: Passport, config: Config) -> TextModel:
+def _load_model(path: Path, passport: Passport, config: Config, client: str | None) -> TextModel:
     """The model of a run with its adapter loaded; raises `UsageError`."""
     model = TextModel(config, len(passport.labels))
     _check_base(path, passport, config, model.base.digest)
-    model.adapter.write(read_adapter(path / ADAPTER, model.adapter.manifest))
+    model.adapter.write(_adapter(path, passport, config, model.adapter, client))
     return model
 
 
-def _evaluate_questions(path: Path, passport: Passport, config: Config, data: Path) -> Evaluation:
+def _adapter(
+    path: Path, passport: Passport, config: Config, attached: AttachedAdapter, client: str | None
+) -> Float32Vector:
+    """The whole adapter, float32 `[attached.manifest.size]`, of a model fresh from its seed."""
+    parts = parts_for(config, attached)
+    if parts is None:
+        if client is not None:
+            raise ConfigError(
+                f"--client {client}: all of this run's adapter is shared; leave it out"
+            )
+        return read_adapter(path / ADAPTER, attached.manifest)
+    shared = read_adapter(path / ADAPTER, parts.shared)
+    if client is None:
+        return parts.join(shared, parts.private_of(parts.start))
+    return parts.join(shared, _private_part(path, passport.rounds, client))
+
+
+def _private_part(path: Path, rounds: int, client: str) -> Float32Vector:
+    if not (path / SITES).is_file():
+        raise RunFolderError(f"{path}: the private parts are at the sites, and none is here")
+    with RunFolder.open(path) as run:
+        run_id = run.journal.identity()["run_id"]
+    store = SiteStore(path / SITES, synchronous="NORMAL")
+    try:
+        found = store.private_part(client, run_id, rounds + 1)
+    finally:
+        store.close()
+    if found is None:
+        raise ConfigError(f"--client {client}: no client of this name has trained in {path}")
+    return found
+
+
+def _evaluate_questions(
+    path: Path, passport: Passport, config: Config, data: Path, client: str | None
+) -> Evaluation:
     from fedtune.data.question_files import read_questions
     from fedtune.simulation.vision import VisionModel
 
     own = config.base.model_copy(update={"connector": str(path / ADAPTER / CONNECTOR)})
     model = VisionModel(config.model_copy(update={"base": own}), passport.labels)
     _check_base(path, passport, config, model.digest)
-    adapter = read_adapter(path / ADAPTER, model.adapter.manifest)
+    adapter = _adapter(path, passport, config, model.adapter, client)
     trainer = TorchTrainer(model.adapter, model.task, model.digest, TorchSettings())
     return trainer.evaluate(adapter, model.prepare(read_questions(data, passport.labels)))
 

@@ -51,7 +51,7 @@ from fedtune.simulation.sites import Sites, needs_sites
 from fedtune.simulation.workers import COMMON_TEST, evaluate, make_pool
 from fedtune.train.activations import encoded_bytes
 from fedtune.train.trainer import Evaluation
-from fedtune.types import Float32Vector, digest_of, sha256_hex
+from fedtune.types import Float32Vector, Manifest, digest_of, sha256_hex
 
 RETRY_SECONDS = 5.0
 
@@ -155,9 +155,11 @@ class Simulation(Observer):
             parties.authority if parties and job.config.secagg.enabled else None,
         )
         # Before anything is trained: without workers it is this process's own model that is.
-        self._initial = job.initial() if options.references or job.shown else None
+        wanted = options.references or job.shown
+        self._initial = job.adapter_at(job.initial()) if wanted else None
         self._references: dict[str, ReferenceResult] = {}
         self._final: dict[int, Evaluation] = {}
+        self._personal: dict[int, Evaluation] = {}
         self._before: Evaluation | None = None
         self._refused: list[str] = []
 
@@ -270,13 +272,13 @@ class Simulation(Observer):
                 time.sleep(RETRY_SECONDS)
 
     def _common_score(self, pool: Pool, adapter: Float32Vector) -> rounds.Score:
-        found = evaluate(pool, self._job, adapter)
+        found = evaluate(pool, self._job, self._job.adapter_at(adapter))
         self._final = {COMMON_TEST: found}
         return rounds.Score(found.loss, found.accuracy)
 
     def _score(self, pool: Pool) -> None:
         """Evaluate the final adapter where it is not yet, and train the references."""
-        job, adapter = self._job, self._federation.adapter
+        job, adapter = self._job, self._job.adapter_at(self._federation.adapter)
         if job.test:
             if not self._final:
                 self._final[COMMON_TEST] = evaluate(pool, job, adapter)
@@ -284,11 +286,28 @@ class Simulation(Observer):
             for place, client in enumerate(job.clients):
                 if client.test is not None:
                     self._final[place] = evaluate(pool, job, adapter, place)
+        for place, own in self._personal_adapters().items():
+            where = COMMON_TEST if job.test else place
+            self._personal[place] = evaluate(pool, job, own, where)
         if self._initial is not None and job.shown:
             self._before = evaluate(pool, job, self._initial)
         if self._initial is not None and self._options.references:
             running = self._progress.references_running
             self._references = run_references(pool, job, self._initial, running)
+
+    def _personal_adapters(self) -> dict[int, Float32Vector]:
+        """The final adapter with the private part of each client that can be tested."""
+        job, sites, shared = self._job, self._parties, self._federation.adapter
+        if job.parts is None or not isinstance(sites, Sites):
+            return {}
+        run_id, rounds = self._federation.run_id, self._federation.round
+        found = {}
+        for place, client in enumerate(job.clients):
+            own = sites.private_part(client.name, run_id, rounds)
+            if own is not None and (job.test or client.test is not None):
+                found[place] = job.parts.join(shared, own)
+        sites.close()  # an open database must not go through a fork
+        return found
 
     def _write(self, status: Status, error: JobError | None = None) -> Outcome:
         from fedtune.report.html import render_html
@@ -298,11 +317,13 @@ class Simulation(Observer):
         number, state = self._run.journal.last_state()
         records = self._run.journal.records()
         summary = self._summary(status, records, error)
-        peft_config, manifest = job.adapter.peft_config, job.adapter.manifest
         adapter = job.adapter_at(state.adapter)
-        passport = self._passport(number, adapter)
+        manifest, shared = job.adapter.manifest, adapter
+        if job.parts:  # the rest of it is the seed's, and no client's
+            manifest, shared = job.parts.shared, state.adapter
+        passport, peft_config = self._passport(number, manifest, shared), job.adapter.peft_config
         beside = {CONNECTOR: job.connector} if job.connector else {}
-        write_adapter(path / names.ADAPTER, manifest, adapter, peft_config, passport, beside)
+        write_adapter(path / names.ADAPTER, manifest, shared, peft_config, passport, beside)
         write_json(path / names.SUMMARY, summary.to_json())
         write_atomic(path / names.REPORT, render_html(summary, records).encode())
         write_events(path / names.TENSORBOARD, records)
@@ -348,7 +369,7 @@ class Simulation(Observer):
             adapter=job.adapter_words,
             adapter_parameters=job.adapter.manifest.size,
             data=job.data_words,
-            evaluation=_evaluation_words(job),
+            evaluation=_evaluation_words(job) + _with_whose_part(job),
             warnings=(*job.warnings, *self._refused, *failure),
             versions=_versions(),
             samples=self._samples(),
@@ -375,6 +396,7 @@ class Simulation(Observer):
 
     def _client(self, place: int, client: JobClient, records: list[RoundRecord]) -> ClientSummary:
         federated = self._final.get(COMMON_TEST if self._job.test else place)
+        personal = self._personal.get(place)
         alone = self._references.get(f"alone:{place}")
         mix = client.label_counts
         return ClientSummary(
@@ -387,6 +409,8 @@ class Simulation(Observer):
             own_mix_accuracy=self._own_mix(federated, mix),
             local_accuracy=alone.evaluation.accuracy if alone else None,
             local_own_mix_accuracy=self._own_mix(alone.evaluation if alone else None, mix),
+            personal_accuracy=personal.accuracy if personal else None,
+            personal_own_mix_accuracy=self._own_mix(personal, mix),
         )
 
     def _own_mix(
@@ -421,12 +445,12 @@ class Simulation(Observer):
             return self._parties.epsilon(run_id, self._job.config.privacy.delta)
         return self._federation.epsilon
 
-    def _passport(self, number: int, adapter: Float32Vector) -> Passport:
+    def _passport(self, number: int, manifest: Manifest, adapter: Float32Vector) -> Passport:
         job, config = self._job, self._job.config
         return Passport(
             base=job.base_name,
             base_digest=job.base_digest,
-            manifest_digest=job.adapter.manifest.digest,
+            manifest_digest=manifest.digest,
             config_digest=config.digest,
             adapter_digest=sha256_hex(adapter.astype("<f4").tobytes()),
             labels=job.labels,
@@ -516,6 +540,15 @@ def _evaluation_words(job: Job) -> str:
     if any(client.test is not None for client in job.clients):
         return "clients' own test sets"
     return "none: there is no test set"
+
+
+def _with_whose_part(job: Job) -> str:
+    """With which private part the scores of rounds are, where it is not shared."""
+    if job.parts is None:
+        return ""
+    if job.test is not None:
+        return "; rounds and `accuracy` with the private part that all began with"
+    return "; rounds with each client's private part, `accuracy` with the one all began with"
 
 
 def _peak_rss_mb() -> float:

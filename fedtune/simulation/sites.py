@@ -10,6 +10,7 @@ from fedtune.round.masked import Authority
 from fedtune.round.membership import Membership
 from fedtune.round.site import SiteStore
 from fedtune.secagg.keys import SERVER, Roster
+from fedtune.types import Float32Vector
 
 
 class Sites:
@@ -39,6 +40,10 @@ class Sites:
         names = [name for name in self._identities if name != SERVER]
         return max(store.ledger(name, run_id).epsilon(delta) for name in names)
 
+    def private_part(self, name: str, run_id: str, rounds: int) -> Float32Vector | None:
+        """What the site `name` has after so many rounds; None if it never trained."""
+        return self._opened().private_part(name, run_id, rounds + 1)
+
     def close(self) -> None:
         """Close the file; whoever does so last makes one file of it and its log."""
         self._opened().close()
@@ -53,4 +58,4 @@ class Sites:
 
 def needs_sites(config: Config) -> bool:
     """Whether clients must remember anything between rounds."""
-    return config.secagg.enabled or config.privacy.unit != "none"
+    return config.secagg.enabled or config.privacy.unit != "none" or bool(config.adapter.private)

@@ -24,6 +24,8 @@ from fedtune.simulation.job import (
     check_privacy,
     directions_for,
     method_words,
+    parts_for,
+    shared_size,
 )
 from fedtune.simulation.vision import VisionModel
 from fedtune.train.torch_trainer import choose_device
@@ -41,7 +43,7 @@ def vision_job(config: Config) -> Job:
     data = load_questions(config)
     check_cohort(config, len(data.clients))
     model = VisionModel(config, data.answers, data.public)
-    check_privacy(config, model.adapter.manifest.size, len(data.clients))
+    check_privacy(config, shared_size(config, model.adapter), len(data.clients))
     clients = [
         JobClient(
             client.name,
@@ -80,6 +82,7 @@ def job_of_vision(
         data_words=data_words,
         warnings=warnings,
         directions=directions_for(config, model.adapter),
+        parts=parts_for(config, model.adapter),
         shown=_shown(test) if test else (),
         connector=model.client.connector_path,
         meter=model.meter,

@@ -64,7 +64,8 @@ def make_pool(
 def evaluate(pool: Pool, job: Job, adapter: Float32Vector, place: int = COMMON_TEST) -> Evaluation:
     """Evaluate `adapter` on the common test set or on the own test set of the client in `place`.
 
-    The rows are shared out over the workers; raises `JobError` if one of them fails.
+    It is a whole one, float32 `[job.adapter.manifest.size]`. The rows are shared out over the
+    workers; raises `JobError` if one of them fails.
     """
     data = _test_set(job, place)
     tasks = [
@@ -117,4 +118,4 @@ def _evaluate(job: Job, payload: bytes) -> bytes:
     data = _test_set(job, place)
     rows = data.select(_parts(data)[part])
     adapter = np.frombuffer(vector, np.float32).copy()
-    return pack_evaluation(job.trainer().evaluate(adapter, rows))
+    return pack_evaluation(job.torch_trainer().evaluate(adapter, rows))

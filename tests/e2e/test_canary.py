@@ -367,7 +367,7 @@ def hold(folder: Path) -> None:
             """Keep what a site has learned in the round."""
             nonlocal adapter
             local = machine(NAMES.index(CALM))._local
-            learned = local.train(adapter, record.round)
+            learned = local.train(adapter, run.journal.identity()["run_id"], record.round)
             keep("losses", repr(learned.loss))
             update = learned.update
             quantizer = make_quantizer(config, len(update), len(NAMES))

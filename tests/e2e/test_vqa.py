@@ -220,3 +220,21 @@ def test_what_does_not_go_together_is_refused(
     assert code == 2, command.stdout
     assert said in command.stderr
     assert "Traceback" not in command.stderr
+
+
+def test_a_private_adapter_stays_at_its_site_on_either_side_of_a_cut(runs: Runs) -> None:
+    private = 'adapter.private=["nano_text"]'
+    whole, split = runs("base.placement=client", private), runs("split.labels=server", private)
+    tensors = load_file(split / "adapter" / "adapter_model.safetensors")
+    assert {name.partition(".")[0] for name in tensors} == {"nano_image"}
+    np.testing.assert_allclose(adapter_of(split), adapter_of(whole), atol=1e-4)
+    summary, common = read_summary(split), read_summary(runs("split.labels=server"))
+    # Fewer values travel, of two matrices as large as those that stay; as many pass the cut.
+    sent = summary["bytes_up_per_client_round"] / common["bytes_up_per_client_round"]
+    assert 0.5 < sent < 0.6
+    assert summary["cut"]["bytes_up"] == common["cut"]["bytes_up"]
+    # Before the first round, after the last, and then with each site's own.
+    assert summary["cut"]["evaluated"] == (2 + SITES) * TESTED
+    own = [client["personal_accuracy"] for client in summary["per_client"]]
+    beside = [client["personal_accuracy"] for client in read_summary(whole)["per_client"]]
+    assert own == beside

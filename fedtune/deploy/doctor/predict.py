@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import nn
 
-from fedtune.adapter.lora import adapter_size
+from fedtune.adapter.lora import adapter_manifest
+from fedtune.adapter.parts import shared_manifest
 from fedtune.base.causal import causal_outline
 from fedtune.base.classifier import outline
 from fedtune.base.loading import longest_text, transformers_config
@@ -42,6 +43,7 @@ class ModelShape:
 
     base: int  # parameters
     adapter: int  # parameters
+    shared: int  # those of the adapter's that travel
     hidden: int
     layers: int
     intermediate: int
@@ -69,9 +71,11 @@ def shape_of(folder: Path, config: Config) -> ModelShape:
         frozen = module.encoder
     base = sum(parameter.numel() for parameter in frozen.parameters())
     found = transformers_config(module)
+    adapter = adapter_manifest(module, lora_of(config))
     return ModelShape(
         base,
-        adapter_size(module, lora_of(config)),
+        adapter.size,
+        shared_manifest(config.adapter.private, adapter).size,
         found.hidden_size,
         getattr(found, "num_hidden_layers", 0),
         getattr(found, "intermediate_size", 4 * found.hidden_size),

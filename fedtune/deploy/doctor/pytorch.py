@@ -48,7 +48,7 @@ def examine_pytorch(
         tokens = shape.longest
         if rows is not None:
             tokens = examine_lengths(examination, base[0], rows, shape.longest) or tokens
-        disk = examine_traffic(examination, files, shape.adapter, members)
+        disk = examine_traffic(examination, files, shape.shared, members)
         needs = Needs(disk, _memory(config, shape, tokens))
     return needs, rows is not None and shape is not None
 

@@ -124,12 +124,12 @@ def _predict(
 
     def terms() -> Verdict[bool]:
         check_cohort(config, clients)
-        check_privacy(config, shape.adapter, clients)
+        check_privacy(config, shape.shared, clients)
         text = f"what the configuration asks for is possible with {clients} sites"
         return Verdict("ok", text, value=True)
 
     def traffic() -> Verdict[None]:
-        found = predict_traffic(config, shape.adapter, names[0], names)
+        found = predict_traffic(config, shape.shared, names[0], names)
         asked = min(config.rounds.clients_per_round or clients, clients)
         text = (
             f"about {words.size(found.up * asked)} in and {words.size(found.down * asked)} out "

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from report_samples import REFERENCES, sample_summary
+from report_samples import REFERENCES, sample_rounds, sample_summary
 
 from fedtune.records import Score, Summary
 from fedtune.report import words
 from fedtune.report.comparison import compare, largest
 from fedtune.report.headline import headline
+from fedtune.report.html import render_html
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,27 @@ def test_clients_without_own_mix_are_compared_on_the_plain_accuracy() -> None:
     assert not comparison.own_mix
     assert comparison.gains[0] == pytest.approx(0.681 - 0.27)
     assert "case mix" not in headline(replace(summary, per_client=plain))
+
+
+def test_what_is_reached_with_private_parts_is_told_apart_from_what_is_shared() -> None:
+    summary = sample_summary()
+    own = tuple(
+        replace(c, personal_accuracy=0.3 + n / 100, personal_own_mix_accuracy=0.9)
+        for n, c in enumerate(summary.per_client)
+    )
+    personal = replace(summary, per_client=own)
+    comparison = compare(personal)
+    assert comparison.personal
+    assert not compare(summary).personal
+    assert [pair.federated for pair in comparison.pairs] == [0.9] * 8
+    assert comparison.plain_gains[0] == pytest.approx(0.3 - 0.27)
+    text = headline(personal)
+    assert "33.5 % after 10 rounds, on average (30.0 % to 37.0 %)" in text
+    assert "share reaches 68.1 % with the part that all began with" in text
+    assert "72.5 %, 39.0 points more" in text  # than the mean of what they end up with
+    said = "ends up with: what is shared, with its own private part"
+    assert said in render_html(personal, sample_rounds())
+    assert said not in render_html(summary, sample_rounds())
 
 
 def test_largest_keeps_the_order() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.adapter.parts import parts_of
 from fedtune.config import OPEN_POLICY, Policy
 from fedtune.errors import FedtuneError, RoundLost
 from fedtune.records import RoundRecord
@@ -83,12 +84,15 @@ class MaskedFederation:
         self._policy, self._policies = policy, policies or {}
         self._with_membership = membership
         self._sites_path = folder / sites
+        start = np.random.default_rng(0).normal(size=small.attached.manifest.size) / 4
+        start = start.astype(np.float32)
+        self.parts = parts_of(self.config.adapter.private, small.attached.manifest, start)
+        self.manifest = self.parts.shared if self.parts else small.attached.manifest
+        self.start = self.parts.shared_of(start) if self.parts else start
         self.trained: list[tuple[int, str]] = []
         self.lost: list[str] = []
         self.replies: dict[tuple[str, str], bytes] = {}
         self.restart_sites()
-        start = np.random.default_rng(0).normal(size=small.attached.manifest.size) / 4
-        self.start = start.astype(np.float32)
         self.journal_path = folder / f"{run_id}.journal"
         if not self.journal_path.exists():
             state = GlobalState(self.start, {})
@@ -108,10 +112,9 @@ class MaskedFederation:
                 self.small.trainer,
                 machine._local.train_data,
                 machine._local.test_data,
-                make_pipeline(
-                    self.config.update, self.config.values_sent(self.small.attached.manifest.size)
-                ),
+                make_pipeline(self.config.update, self.config.values_sent(self.manifest.size)),
                 self.membership(machine.name) if self._with_membership else None,
+                self.parts,
             )
             for machine in self.small.machines
         }
@@ -137,7 +140,7 @@ class MaskedFederation:
         self.journal = Journal.open(self.journal_path)
         self.federation = Federation(
             self.config,
-            self.small.attached.manifest,
+            self.manifest,
             "ab" * 32,
             self.journal,
             self.authority if self.config.secagg.enabled else None,

@@ -110,7 +110,7 @@ def test_a_trainer_that_gives_none_is_told(small_federation: Any) -> None:
     local._trainer = Without()
     start = np.zeros(local.manifest.size, np.float32)
     with pytest.raises(TrainingError, match="no Fisher information"):
-        local.train(start, 1)
+        local.train(start, "run", 1)
 
 
 @pytest.mark.parametrize("integers", [(), UPDATE])

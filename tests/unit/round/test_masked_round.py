@@ -21,7 +21,7 @@ def _updates(fed: Any, number: int = 1) -> dict[str, np.ndarray]:
     """What each client's training gives, float64, without any message."""
     found = {}
     for name, machine in fed.machines.items():
-        result = machine._local.train(fed.federation.adapter, number)
+        result = machine._local.train(fed.federation.adapter, fed.run_id, number)
         found[name] = result.update.astype(np.float64)
     return found
 
@@ -78,7 +78,9 @@ def test_uniform_weights_count_clients(masked_federation):
 
 def test_the_loss_is_the_mean_weighted_by_examples(masked_federation):
     fed = masked_federation()
-    losses = [m._local.train(fed.federation.adapter, 1).loss for m in fed.machines.values()]
+    losses = [
+        m._local.train(fed.federation.adapter, fed.run_id, 1).loss for m in fed.machines.values()
+    ]
     record = fed.round()
     expected = np.average(losses, weights=fed.small.examples)
     assert record.train_loss == pytest.approx(expected, abs=2**-10)

@@ -322,7 +322,9 @@ def test_a_site_whose_training_fails_counts_with_zeros(masked_federation):
     _make_fail(fed, "raises")
     before = fed.federation.adapter.copy()
     record = fed.round()
-    results = [m._local.train(before, 1) for n, m in fed.machines.items() if n != "client-1"]
+    results = [
+        m._local.train(before, fed.run_id, 1) for n, m in fed.machines.items() if n != "client-1"
+    ]
     weights = [rows for rows, name in zip(FOUR, fed.names, strict=True) if name != "client-1"]
     clip = fed.config.update.clip
     expected = sum(
@@ -358,7 +360,9 @@ def test_metrics_that_are_never_shared(masked_federation):
     fed = masked_federation(UNIFORM, sizes=FOUR)
     same = masked_federation(UNIFORM, sizes=FOUR, folder="same")
     fed.obey("client-1", _policy(share_metrics="never"))
-    losses = [m._local.train(fed.federation.adapter, 1).loss for m in fed.machines.values()]
+    losses = [
+        m._local.train(fed.federation.adapter, fed.run_id, 1).loss for m in fed.machines.values()
+    ]
     record, other = fed.round(), same.round()
     rest = sum(loss * rows for loss, rows in zip(losses, FOUR, strict=True)) - losses[1] * FOUR[1]
     assert record.train_loss == pytest.approx(rest / (sum(FOUR) - FOUR[1] + 1), abs=2**-9)
