@@ -72,10 +72,13 @@ class Deployment:
         listen = load_server(folder / SETTINGS).server
         own = {"base.path": listen.base or None}
         federation = load_config(path, values=own)
-        if federation.base.connector is not None:
-            # As all paths that are named in a file, relative to it.
-            own["base.connector"] = str(folder / Path(federation.base.connector).expanduser())
-            federation = load_config(path, values=own)
+        # As all paths that are named in a file, relative to it.
+        named = {
+            "base.connector": federation.base.connector,
+            "emulator.path": federation.emulator.path,
+        }
+        own |= {key: str(folder / Path(name).expanduser()) for key, name in named.items() if name}
+        federation = load_config(path, values=own)
         if federation.lacks_labels:
             raise ConfigError(f"{path}: data.labels is missing; name the labels in their order")
         members = read_roster(folder / listen.roster)
@@ -215,7 +218,7 @@ def _job(deployment: Deployment) -> Iterator[tuple[Job, list[str]]]:
         vision = vision_model(config)
         check_privacy(config, vision.adapter.manifest.size, len(names))
         job = vision_server_job(config, vision, absent, file)
-        if config.base.placement == "client":
+        if config.base.placement != "server":
             yield job, []
             return
         keys = deployment.find(listen.keys)

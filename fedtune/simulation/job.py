@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ class Job:
     connector: Path | None = None  # a file that belongs to the adapter
     meter: Metered | None = None  # what passes the cut, where the base model is behind one
     cut_width: int = 0  # of an embedding there
+    plugged: Task | None = None  # with the whole base model, where clients train on an emulator
+    emulator: str | None = None  # its digest
 
     @property
     def manifest(self) -> Manifest:
@@ -112,6 +114,12 @@ class Job:
     def trainer(self) -> Trainer:
         """A trainer on the resident model."""
         return self._trainer(self.torch_trainer())
+
+    def tester(self) -> Trainer:
+        """What evaluates: a trainer's adapter in the model that it is meant for."""
+        if self.plugged is None:
+            return self.trainer()
+        return replace(self, task=self.plugged).trainer()
 
     def torch_trainer(self, record_privacy: RecordPrivacy | None = None) -> TorchTrainer:
         """A trainer of adapters, not of directions, on the resident model."""
