@@ -2,9 +2,9 @@
 
     python benchmarks/emulator.py --layers 8 12 20 --steps 100
 
-NanoAdapters are trained in one place on easy-VQA's private questions, against SmolLM2-135M itself and
-against emulators of it, all with the same batches. Each is then tested where it was trained, and in
-the whole model.
+NanoAdapters are trained in one place on easy-VQA's private questions, against SmolLM2-135M itself
+and against emulators of it, all with the same batches. Each is then tested where it was trained,
+and in the whole model.
 """
 
 from __future__ import annotations

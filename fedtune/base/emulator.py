@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from fedtune.base.layers import LayerPlan
 from fedtune.base.loading import load_frozen, transformers_config
 from fedtune.base.resolve import list_base
 from fedtune.errors import BaseModelError
-from fedtune.files import write_atomic, write_json
+from fedtune.files import TEMPORARY, write_atomic, write_json
 from fedtune.types import sha256_hex
 
 MANIFEST, WEIGHTS = "emulator.json", "model.safetensors"
@@ -61,14 +62,7 @@ class Emulator(Answering):
         from transformers import AutoModelForCausalLM
 
         self.folder = folder
-        self.manifest, self.digest = _read_manifest(folder)
-        if digest is not None and self.digest != digest:
-            raise BaseModelError(
-                f"{folder}: its digest is {self.digest}, emulator.digest says {digest}; this is "
-                "another emulator, or it has changed"
-            )
-        if {file.name: file.sha256 for file in list_base(folder)} != self.manifest.files:
-            raise BaseModelError(f"{folder}: its files are not those that {MANIFEST} names")
+        self.manifest, self.digest = read_manifest(folder, digest)
         if tuple(tokens.tolist()) != self.manifest.answer_tokens:
             raise BaseModelError(
                 f"{folder}: made for other answers than data.labels; make one for these: "
@@ -121,21 +115,28 @@ def write_emulator(folder: Path, base: CausalBase, answers: Sequence[str], plan:
             f"an emulator of {len(plan.kept)} layers has more than {_LARGEST_WEIGHTS >> 30} GiB; "
             "lower emulator.layers"
         )
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    _small_config(base, plan, len(tokens)).save_pretrained(fresh)
-    write_atomic(fresh / WEIGHTS, weights)
-    manifest = EmulatorManifest(
-        base.name,
-        base.digest,
-        plan,
-        tuple(tokens.tolist()),
-        base.parameters,
-        {file.name: file.sha256 for file in list_base(fresh)},
-    )
-    write_json(fresh / MANIFEST, asdict(manifest))
-    fresh.rename(folder)
+    # Its own name: two simulations may want the same one in their cache at the same time.
+    fresh = folder.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+    try:
+        fresh.mkdir(parents=True)
+        _small_config(base, plan, len(tokens)).save_pretrained(fresh)
+        write_atomic(fresh / WEIGHTS, weights)
+        manifest = EmulatorManifest(
+            base.name,
+            base.digest,
+            plan,
+            tuple(tokens.tolist()),
+            base.parameters,
+            {file.name: file.sha256 for file in list_base(fresh)},
+        )
+        write_json(fresh / MANIFEST, asdict(manifest))
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not (folder / MANIFEST).is_file():
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return sha256_hex((folder / MANIFEST).read_bytes())
 
 
@@ -166,7 +167,11 @@ def _small_config(base: CausalBase, plan: LayerPlan, answers: int) -> Any:
     return config
 
 
-def _read_manifest(folder: Path) -> tuple[EmulatorManifest, str]:
+def read_manifest(folder: Path, digest: str | None = None) -> tuple[EmulatorManifest, str]:
+    """What the emulator in `folder` is, its files being those that are named, and its digest.
+
+    Raises `BaseModelError`, also for another `digest`.
+    """
     path = folder / MANIFEST
     try:
         if path.stat().st_size > _LARGEST_MANIFEST:
@@ -176,7 +181,7 @@ def _read_manifest(folder: Path) -> tuple[EmulatorManifest, str]:
         data = path.read_bytes()
         fields = json.loads(data)
         plan = fields.pop("plan")
-        found = EmulatorManifest(
+        manifest = EmulatorManifest(
             plan=LayerPlan(tuple(plan.pop("standing")), **plan),
             answer_tokens=tuple(fields.pop("answer_tokens")),
             **fields,
@@ -186,4 +191,12 @@ def _read_manifest(folder: Path) -> tuple[EmulatorManifest, str]:
             f"{path}: not an emulator of a base model: {error}; the operator makes one with: "
             "fedtune nano emulator"
         ) from error
-    return found, sha256_hex(data)
+    found = sha256_hex(data)
+    if digest is not None and found != digest:
+        raise BaseModelError(
+            f"{folder}: its digest is {found}, emulator.digest says {digest}; this is another "
+            "emulator, or it has changed"
+        )
+    if {file.name: file.sha256 for file in list_base(folder)} != manifest.files:
+        raise BaseModelError(f"{folder}: its files are not those that {MANIFEST} names")
+    return manifest, found

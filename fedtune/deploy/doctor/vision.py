@@ -64,6 +64,22 @@ def look_at_questions(path: Path, config: Config) -> Verdict[QuestionExamples]:
     return Verdict("ok", text, numbers=numbers, value=found)
 
 
+def look_at_emulator(path: Path, config: Config) -> Verdict[None]:
+    """What sites train against, and the server tests in too, as the operator has made it."""
+    from fedtune.base.emulator import read_manifest
+
+    try:
+        manifest, digest = read_manifest(path, config.emulator.digest)
+    except BaseModelError as error:
+        return Verdict("problem", str(error), "see docs/nano.md")
+    kept = f"{len(manifest.plan.kept)} of {manifest.plan.layers} layers"
+    text = f"{path}, digest {digest}, {kept}"
+    if config.emulator.digest is None:
+        advice = "set emulator.digest in federation.toml, before the kit is made"
+        return Verdict("warning", text, advice)
+    return Verdict("ok", text)
+
+
 def _kit(files: SiteFiles) -> Verdict[tuple[int, str]]:
     """Size of the adapter, and the digest of all that is frozen."""
     from fedtune.base.answering import first_tokens
