@@ -780,7 +780,8 @@ class Listen(_Table):
     base: str | None = None
     """Where the base model lies here; unset: as in the federation's configuration."""
     offer_base: bool = True
-    """Whether sites can fetch the base model here, if `base.digest` is set."""
+    """Whether sites can fetch the base model here, if `base.digest` is set and `base.placement` is
+    `client`."""
     base_port: int = Field(default=BASE_PORT, ge=0, le=65535)
     """Port of the base model, with `base.placement = "server"`; 0: a free one."""
     patience: Positive = 60.0

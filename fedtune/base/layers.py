@@ -53,16 +53,21 @@ def plan_layers(similarity: Float64Array, keep: int, share: bool) -> LayerPlan:
     `ConfigError` if `keep` is not less than there are layers.
     """
     layers = len(similarity)
-    if not FEWEST <= keep < layers:
-        raise ConfigError(
-            f"emulator.layers = {keep}, but the base model has {layers} layers; an emulator has "
-            f"fewer, and at least {FEWEST}"
-        )
+    check_fewer(keep, layers)
     clusters = [[0], *cluster(similarity[1:-1, 1:-1], keep - 2, start=1), [layers - 1]]
     found = {layer: center(similarity, members) for members in clusters for layer in members}
     standing = tuple(found[layer] for layer in range(layers))
     mean = float(np.mean([similarity[layer, kept] for layer, kept in found.items()]))
     return LayerPlan(standing if share else tuple(sorted(set(standing))), layers, mean)
+
+
+def check_fewer(keep: int, layers: int) -> None:
+    """Raise `ConfigError` if a decoder of so many layers has no emulator of `keep` layers."""
+    if not FEWEST <= keep < layers:
+        raise ConfigError(
+            f"emulator.layers = {keep}, but the base model has {layers} layers; an emulator has "
+            f"fewer, and at least {FEWEST}"
+        )
 
 
 def layer_states(base: CausalBase, texts: Sequence[str]) -> list[Float64Array]:

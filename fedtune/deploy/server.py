@@ -171,7 +171,6 @@ def _doors(deployment: Deployment, job: Job, run: Path) -> Doors:
     # One adapter down for all, and at worst every client's update up at a time.
     sent = job.config.values_sent(job.manifest.size) * len(deployment.members.transport)
     held = 4 * (job.manifest.size + sent)
-    offered = listen.offer_base and job.config.base.digest is not None
     return Doors(
         listen.host,
         listen.port,
@@ -179,9 +178,15 @@ def _doors(deployment: Deployment, job: Job, run: Path) -> Doors:
         keys / SERVER_KEY,
         run / DATABASE if held > LARGEST_IN_MEMORY else None,
         run / LOG,
-        resolve_base(job.config.base.path) if offered else None,
+        resolve_base(job.config.base.path) if offers_base(listen, job.config) else None,
         job.base_digest,
     )
+
+
+def offers_base(listen: Listen, config: Config) -> bool:
+    """Whether sites can fetch the base model here; never one that stays at the server."""
+    held_by_sites = config.base.placement == "client"
+    return listen.offer_base and config.base.digest is not None and held_by_sites
 
 
 def _tell_the_end(grid: FleetGrid, words: str, progress: Progress) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 from fedtune.base.answering import first_tokens
 from fedtune.base.causal import CausalBase
 from fedtune.base.emulator import Emulator, write_emulator
-from fedtune.base.layers import FEWEST, LayerPlan, layer_states, plan_layers, similarities
+from fedtune.base.layers import (
+    FEWEST,
+    LayerPlan,
+    check_fewer,
+    layer_states,
+    plan_layers,
+    similarities,
+)
 from fedtune.cache import cache_folder
 from fedtune.config import Config
 from fedtune.errors import BaseModelError, ConfigError
@@ -25,8 +32,9 @@ def make_emulator(
 
     Its plan and its digest; raises `BaseModelError` or `ConfigError`.
     """
-    half = max(FEWEST, int(base.config.num_hidden_layers) // 2)
-    keep = config.emulator.layers or half
+    layers = int(base.config.num_hidden_layers)
+    keep = config.emulator.layers or max(FEWEST, layers // 2)
+    check_fewer(keep, layers)  # before minutes are spent on a larger decoder's states
     texts = [PROMPT.format(question=question) for question in public]
     similarity = similarities(layer_states(base, texts))
     plan = plan_layers(similarity, keep, config.emulator.share)
