@@ -432,6 +432,23 @@ def nano_kit(
     raise typer.Exit(nano_commands.kit(federation, out, texts))
 
 
+@nano.command(
+    "emulator",
+    epilog="Example:  fedtune nano emulator federation.toml -o emulator --texts "
+    "public/questions.csv",
+)
+def nano_emulator(
+    federation: Annotated[Path, typer.Argument(help="The federation's configuration.")],
+    texts: Annotated[Path, typer.Option(help="Public questions: a file with the column question.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")] = Path("emulator"),
+    debug: DebugFlag = False,
+) -> None:
+    """Make the smaller model that sites train against, of some of the base model's layers."""
+    from fedtune.deploy import nano_commands
+
+    raise typer.Exit(nano_commands.emulator(federation, out, texts))
+
+
 audit = typer.Typer(help="Check the audit logs of a server and of sites.", no_args_is_help=True)
 app.add_typer(audit, name="audit")
 

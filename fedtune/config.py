@@ -70,9 +70,11 @@ class Base(_Table):
     `text-classification`."""
     max_length: int = Field(default=128, ge=2, le=8192)
     """Longest text in tokens; longer texts are cut, longer questions refused."""
-    placement: Literal["client", "server"] = "client"
+    placement: Literal["client", "server", "emulator"] = "client"
     """Where the base model is. `server`: it never leaves it, clients send adapted embeddings and
-    get gradients; only for `visual-question-answering`, see docs/nano.md."""
+    get gradients. `emulator`: it never leaves the server, and clients train against a smaller one
+    that is made of some of its layers. Both only for `visual-question-answering`, see
+    docs/nano.md."""
     encoder: Literal["EfficientNet-Lite0"] = "EfficientNet-Lite0"
     """The image encoder, at the client."""
     connector: str | None = None
@@ -105,6 +107,22 @@ class Split(_Table):
             missing, given = ("clip", "eta") if self.clip is None else ("eta", "clip")
             raise ValueError(f"split.{given} needs split.{missing}; set both or neither")
         return self
+
+
+class Emulator(_Table):
+    """What clients train against with `base.placement = "emulator"`."""
+
+    layers: int | None = Field(default=None, ge=3)
+    """How many of the decoder's layers it has, fewer than all; the first and the last are always
+    among them. Unset: half of them."""
+    share: bool = True
+    """Whether a kept layer also stands at the places of the removed ones that are like it (CRaSh,
+    arXiv 2310.15477). It then computes as much as the whole decoder; without, less."""
+    path: str | None = None
+    """The folder that `fedtune nano emulator` made. Unset: one is made of the public questions of
+    `easy-vqa`, or of the `public.csv` in a folder of clients."""
+    digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of its manifest; unset: any, as long as server and clients have the same."""
 
 
 class Adapter(_Table):
@@ -361,6 +379,7 @@ class Config(_Table):
     """Drives partition, initialisation, sampling and batches; never anything secret."""
     base: Base = Base()
     split: Split = Split()
+    emulator: Emulator = Emulator()
     adapter: Adapter = Adapter()
     data: Data = Data()
     train: Train = Train()
@@ -423,6 +442,11 @@ class Config(_Table):
             raise ValueError(
                 f"base.placement = {self.base.placement} is for base.task = "
                 "visual-question-answering; leave it out"
+            )
+        if self.emulator != Emulator() and self.base.placement != "emulator":
+            raise ValueError(
+                "the keys of [emulator] are for base.placement = emulator; set it, or leave them "
+                "out"
             )
         if self.split.eta is not None and self.base.placement != "server":
             raise ValueError(
@@ -561,7 +585,12 @@ class Config(_Table):
         Left out: where data and base model lie (the base has a digest of its own) and how fast a
         machine computes.
         """
-        own: Any = {"base": {"path", "connector"}, "data": True, "train": {"device", "threads"}}
+        own: Any = {
+            "base": {"path", "connector"},
+            "emulator": {"path"},
+            "data": True,
+            "train": {"device", "threads"},
+        }
         value = self.model_dump(mode="json", exclude=own)
         value["labels"] = self.data.labels
         return digest_of(value)
@@ -678,7 +707,7 @@ class Machine(_Table):
     """SHA-256 of their manifest.json, which `fedtune edge build` prints; it should come on another
     way than they. Unset: whatever is there, as long as it is whole."""
     kit: str = "kit"
-    """`base.placement = "server"`: the folder that `fedtune nano kit` made."""
+    """`base.placement = "server"` or `"emulator"`: the folder that `fedtune nano kit` made."""
     kit_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of its kit.json, which that command prints; unset: whatever is there, if whole."""
     precision: Literal["float32", "int8"] = "float32"
@@ -766,7 +795,8 @@ class Listen(_Table):
     base: str | None = None
     """Where the base model lies here; unset: as in the federation's configuration."""
     offer_base: bool = True
-    """Whether sites can fetch the base model here, if `base.digest` is set."""
+    """Whether sites can fetch the base model here, if `base.digest` is set and `base.placement` is
+    `client`."""
     base_port: int = Field(default=BASE_PORT, ge=0, le=65535)
     """Port of the base model, with `base.placement = "server"`; 0: a free one."""
     patience: Positive = 60.0

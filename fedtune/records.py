@@ -104,7 +104,11 @@ class ClientSummary(Record):
 
 @dataclass(frozen=True)
 class Reference(Record):
-    """A model to compare with: "centralized", "local-only" or "linear-head"."""
+    """A model to compare with: "centralized", "local-only", "linear-head" or "base".
+
+    Or, where clients train on an emulator, what the adapter is worth there ("emulator"), and what
+    the emulator is without one ("emulator-base").
+    """
 
     name: str
     accuracy: Number

@@ -89,16 +89,29 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> 
 
 
 @pytest.fixture(scope="session")
-def answering_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny decoder that has a token for each answer of easy-VQA."""
-    from tiny_decoder import write_tiny_decoder
-
+def easy_vqa_texts() -> list[str]:
+    """Questions and answers of easy-VQA, for a tokenizer that has a token for each answer."""
     from fedtune.data import PartitionSpec
     from fedtune.data.easy_vqa import load_easy_vqa
 
     data = load_easy_vqa(partition=PartitionSpec("iid"), clients=1, seed=0)
-    texts = [*data.clients[0].train.questions[:300], *(f" {a}" for a in data.answers * 50)]
-    return write_tiny_decoder(tmp_path_factory.mktemp("models") / "answering", texts, 600)
+    return [*data.clients[0].train.questions[:300], *(f" {a}" for a in data.answers * 50)]
+
+
+@pytest.fixture(scope="session")
+def answering_decoder(tmp_path_factory: pytest.TempPathFactory, easy_vqa_texts: list[str]) -> Path:
+    """A tiny decoder that has a token for each answer of easy-VQA."""
+    from tiny_decoder import write_tiny_decoder
+
+    return write_tiny_decoder(tmp_path_factory.mktemp("models") / "answering", easy_vqa_texts, 600)
+
+
+@pytest.fixture(scope="session")
+def deep_decoder(tmp_path_factory: pytest.TempPathFactory, easy_vqa_texts: list[str]) -> Path:
+    """The same with six layers."""
+    from tiny_decoder import write_tiny_decoder
+
+    return write_tiny_decoder(tmp_path_factory.mktemp("models") / "deep", easy_vqa_texts, 600, 6)
 
 
 @pytest.fixture(scope="session")

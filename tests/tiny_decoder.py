@@ -8,8 +8,10 @@ from pathlib import Path
 END = "<|end|>"
 
 
-def write_tiny_decoder(folder: Path, texts: Sequence[str], vocabulary: int = 320) -> Path:
-    """A Llama of 2 layers with random weights, 2 of 4 heads for keys, and tied embeddings.
+def write_tiny_decoder(
+    folder: Path, texts: Sequence[str], vocabulary: int = 320, layers: int = 2
+) -> Path:
+    """A Llama of a few layers with random weights, 2 of 4 heads for keys, and tied embeddings.
 
     Its tokenizer is byte-level BPE, learned from `texts`.
     """
@@ -31,7 +33,7 @@ def write_tiny_decoder(folder: Path, texts: Sequence[str], vocabulary: int = 320
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=96,

@@ -18,25 +18,12 @@ from fedtune.base.causal import CausalBase
 from fedtune.errors import BaseModelError, DataError
 
 
-class AnsweringDecoder:
-    """A decoder and the first tokens of the answers that it can give."""
+class Answering:
+    """What scores answers: a decoder that takes embeddings, and its output layer's rows of them."""
 
-    def __init__(self, base: CausalBase, answers: Sequence[str]) -> None:
-        """Raises `DataError` if two answers begin with the same token: only the first is scored.
-
-        Raises `BaseModelError` for a decoder whose output layer cannot be taken apart.
-        """
-        module: Any = base.module
-        if getattr(module, "model", None) is None or getattr(module, "lm_head", None) is None:
-            raise BaseModelError(
-                f"base model {base.name}: not a decoder with `model` and `lm_head`, as Llama's"
-            )
-        self.base, self.answers = base, tuple(answers)
-        self.tokens = first_tokens(base.tokenizer, self.answers)
-        self._decoder: nn.Module = module.model
-        with torch.inference_mode():
-            head: Tensor = module.lm_head.weight[torch.from_numpy(self.tokens)]
-        self._head = head.clone()  # a copy outside inference mode's graph rules
+    def __init__(self, decoder: nn.Module, head: Tensor) -> None:
+        """`head` is float32 `[answers, width]`."""
+        self._decoder, self._head = decoder, head
 
     @property
     def width(self) -> int:
@@ -64,8 +51,35 @@ class AnsweringDecoder:
 
     def to(self, device: torch.device) -> None:
         """Move the decoder."""
-        self.base.module.to(device)
+        self._decoder.to(device)
         self._head = self._head.to(device)
+
+
+class AnsweringDecoder(Answering):
+    """A whole decoder and the first tokens of the answers that it can give."""
+
+    def __init__(self, base: CausalBase, answers: Sequence[str]) -> None:
+        """Raises `DataError` if two answers begin with the same token: only the first is scored.
+
+        Raises `BaseModelError` for a decoder whose output layer cannot be taken apart.
+        """
+        self.base, self.answers = base, tuple(answers)
+        self.tokens = first_tokens(base.tokenizer, self.answers)
+        super().__init__(*apart(base.module, base.name, self.tokens))
+
+
+def apart(module: Any, name: str, tokens: NDArray[np.int64]) -> tuple[Any, Tensor]:
+    """The decoder `name` without its output layer, and that layer's rows of `tokens`.
+
+    Raises `BaseModelError` for one that cannot be taken apart.
+    """
+    if getattr(module, "model", None) is None or getattr(module, "lm_head", None) is None:
+        raise BaseModelError(
+            f"base model {name}: not a decoder with `model` and `lm_head`, as Llama's"
+        )
+    with torch.inference_mode():
+        head: Tensor = module.lm_head.weight[torch.from_numpy(tokens)]
+    return module.model, head.clone()  # a copy outside inference mode's graph rules
 
 
 def first_tokens(tokenizer: Any, answers: Sequence[str]) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """What a client needs of a language model that it does not hold: a tokenizer and embeddings.
 
 An operator makes the kit once, a client gets it with the federation's files. It has the rows of
-the table of embeddings for a vocabulary, and the connector; not one weight of the decoder's layers.
+the table of embeddings for a vocabulary, and the connector; not one weight of the decoder's layers,
+unless clients train against an emulator, which has some.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fedtune.files import write_atomic, write_json
 from fedtune.types import sha256_hex
 
 MANIFEST, EMBEDDINGS, CONNECTOR = "kit.json", "embeddings.safetensors", "connector.safetensors"
-TOKENIZER = "tokenizer"
+TOKENIZER, EMULATOR = "tokenizer", "emulator"
 _LARGEST_FILE = 4 << 30
 
 
@@ -106,6 +107,11 @@ class ClientKit:
         """The connector's file."""
         return self.folder / CONNECTOR
 
+    @property
+    def emulator(self) -> Path:
+        """The emulator's folder, if the kit has one."""
+        return self.folder / EMULATOR
+
     def tokenizer(self) -> Any:
         """The base model's tokenizer; raises `BaseModelError`."""
         return load_tokenizer(self.folder / TOKENIZER)
@@ -129,9 +135,16 @@ class ClientKit:
 
 
 def write_kit(
-    folder: Path, base: CausalBase, connector: Path, vocabulary: Iterable[str] | None
+    folder: Path,
+    base: CausalBase,
+    connector: Path,
+    vocabulary: Iterable[str] | None,
+    emulator: Path | None = None,
 ) -> ClientKit:
-    """Make the kit in the new folder; with `vocabulary`, only tokens of these texts get a row."""
+    """Make the kit in the new folder; with `vocabulary`, only tokens of these texts get a row.
+
+    `emulator` is the folder of what clients train against, if the base model is not served.
+    """
     tokenizer = base.tokenizer
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -146,6 +159,8 @@ def write_kit(
     write_atomic(fresh / EMBEDDINGS, save({"tokens": tokens.astype(np.int64), "weight": rows}))
     shutil.copyfile(connector, fresh / CONNECTOR)
     tokenizer.save_pretrained(fresh / TOKENIZER)
+    if emulator is not None:
+        shutil.copytree(emulator, fresh / EMULATOR)
     names = sorted(str(f.relative_to(fresh)) for f in fresh.rglob("*") if f.is_file())
     files = {name: sha256_hex((fresh / name).read_bytes()) for name in names}
     manifest = KitManifest(base.name, base.digest, base.max_tokens, pad, files)

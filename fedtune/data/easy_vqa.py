@@ -103,6 +103,7 @@ def load_easy_vqa(
         f"easy-VQA ({importlib.metadata.version('easy-vqa')}), questions about an image of a "
         f"coloured shape: {total:,} training questions for {clients} sites by {partition}, "
         f"{TEST_QUESTIONS} for testing, {len(answers)} answers",
+        tuple(sorted({asked for asked, _, image in train.rows if image < PUBLIC_IMAGES})),
     )
 
 

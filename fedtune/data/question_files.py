@@ -70,6 +70,14 @@ def read_captions(path: Path) -> Captions:
     return Captions(tuple(files), tuple(words))
 
 
+def read_asked(path: Path) -> tuple[str, ...]:
+    """The column `question` of a file, empty where there is none; raises `DataError`."""
+    return tuple(
+        _text(question, QUESTION, place(path, number)) or ""
+        for number, (question,) in read_cells(path, [QUESTION])
+    )
+
+
 def _given(cell: object) -> bool:
     return cell is not None and bool(str(cell).strip())
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedtune.data.naming import listed, sorted_names
-from fedtune.data.question_files import ANSWER, read_captions, read_questions
+from fedtune.data.question_files import ANSWER, read_asked, read_captions, read_questions
 from fedtune.data.questions import Captions, FederatedQuestions, QuestionClient
 from fedtune.data.readers import READERS, read_cells
 from fedtune.errors import DataError
@@ -15,11 +15,12 @@ from fedtune.errors import DataError
 def load_question_folder(
     folder: Path, answers: Sequence[str] = (), min_size: int = 1
 ) -> FederatedQuestions:
-    """A folder with `NAME/train.csv` for each client, a `test.csv`, and maybe a `captions.csv`.
+    """A folder with `NAME/train.csv` for each client, a `test.csv`, and what is public.
 
-    Files of questions as in `read_questions`, captions as in `read_captions`; also as JSON lines
-    or Parquet. `answers` are all that may occur; empty: those that do, sorted. The captions are
-    public; without them a connector must be given. Raises `DataError`.
+    Files of questions as in `read_questions`; also as JSON lines or Parquet. `answers` are all that
+    may occur; empty: those that do, sorted. Public may be `captions.csv`, as in `read_captions`,
+    without which a connector must be given, and `public.csv` with a column `question`, of which an
+    emulator is made. Raises `DataError`.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder with one sub-folder per client")
@@ -42,7 +43,7 @@ def load_question_folder(
                 f"{files[client.name]} has {len(client.train)} rows, fewer than "
                 f"data.min-examples = {min_size}; remove the client or lower the minimum"
             )
-    captions = _find(folder, "captions")
+    captions, asked = _find(folder, "captions"), _find(folder, "public")
     tested = read_questions(test, known)
     return FederatedQuestions(
         known,
@@ -52,6 +53,7 @@ def load_question_folder(
         (),
         f"{folder}: {len(clients)} client folders with {sum(len(c.train) for c in clients):,} "
         f"training questions, {len(tested):,} for testing, {len(known)} answers",
+        read_asked(asked) if asked else (),
     )
 
 

@@ -87,8 +87,9 @@ class FederatedQuestions:
     """The data of a whole federation.
 
     `answers` are the words that a question can be answered with, `test` is the common test set of
-    the server, `public` what anyone may see, for pretraining. `warnings` are single lines for a
-    person; `source` says in one line what this data is, with counts.
+    the server, `public` what anyone may see, for pretraining, and `public_questions` what is asked
+    about such images. `warnings` are single lines for a person; `source` says in one line what this
+    data is, with counts.
     """
 
     answers: tuple[str, ...]
@@ -97,3 +98,4 @@ class FederatedQuestions:
     public: Captions
     warnings: tuple[str, ...]
     source: str
+    public_questions: tuple[str, ...] = ()

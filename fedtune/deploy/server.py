@@ -79,10 +79,13 @@ class Deployment:
         listen = settings.server
         own = {"base.path": listen.base or None}
         federation = load_config(path, values=own)
-        if federation.base.connector is not None:
-            # As all paths that are named in a file, relative to it.
-            own["base.connector"] = str(folder / Path(federation.base.connector).expanduser())
-            federation = load_config(path, values=own)
+        # As all paths that are named in a file, relative to it.
+        named = {
+            "base.connector": federation.base.connector,
+            "emulator.path": federation.emulator.path,
+        }
+        own |= {key: str(folder / Path(name).expanduser()) for key, name in named.items() if name}
+        federation = load_config(path, values=own)
         if federation.lacks_labels:
             raise ConfigError(f"{path}: data.labels is missing; name the labels in their order")
         members = read_roster(folder / listen.roster)
@@ -180,7 +183,6 @@ def _doors(deployment: Deployment, job: Job, run: Path) -> Doors:
     # One adapter down for all, and at worst every client's update up at a time.
     sent = job.config.values_sent(job.manifest.size) * len(deployment.members.transport)
     held = 4 * (job.manifest.size + sent)
-    offered = listen.offer_base and job.config.base.digest is not None
     return Doors(
         listen.host,
         listen.port,
@@ -188,9 +190,15 @@ def _doors(deployment: Deployment, job: Job, run: Path) -> Doors:
         keys / SERVER_KEY,
         run / DATABASE if held > LARGEST_IN_MEMORY else None,
         run / LOG,
-        resolve_base(job.config.base.path) if offered else None,
+        resolve_base(job.config.base.path) if offers_base(listen, job.config) else None,
         job.base_digest,
     )
+
+
+def offers_base(listen: Listen, config: Config) -> bool:
+    """Whether sites can fetch the base model here; never one that stays at the server."""
+    held_by_sites = config.base.placement == "client"
+    return listen.offer_base and config.base.digest is not None and held_by_sites
 
 
 def _tell_the_end(grid: FleetGrid, words: str, progress: Progress) -> None:
@@ -227,7 +235,7 @@ def _job(deployment: Deployment) -> Iterator[tuple[Job, SplitServer | None]]:
         vision = vision_model(config)
         check_privacy(config, shared_size(config, vision.adapter), len(names))
         job = vision_server_job(config, vision, absent, file)
-        if config.base.placement == "client":
+        if config.base.placement != "server":
             yield job, None
             return
         keys, roster = deployment.find(listen.keys), deployment.members.roster

@@ -112,8 +112,13 @@ class SiteFiles:
 
     @property
     def splits(self) -> bool:
-        """Whether the base model stays at the server."""
+        """Whether training asks the base model at the server."""
         return self.federation.base.placement == "server"
+
+    @property
+    def has_kit(self) -> bool:
+        """Whether a kit is what this site has of the base model."""
+        return self.federation.base.placement != "client"
 
     @property
     def base_server(self) -> str:
@@ -124,7 +129,7 @@ class SiteFiles:
     @property
     def needs_base(self) -> bool:
         """Whether this site loads the base model; artifacts hold what a device needs of it."""
-        return self.config.machine.runtime == "torch" and not self.splits
+        return self.config.machine.runtime == "torch" and not self.has_kit
 
     @property
     def step(self) -> Literal["ort", "stepgraph", "forward"]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,8 +19,10 @@ from fedtune.secagg.keys import Roster
 from fedtune.simulation.job import Job, JobClient
 from fedtune.simulation.vision import VisionModel
 from fedtune.simulation.vision_job import job_of_vision
-from fedtune.split.server import SplitServer, Tls, terms_of
 from fedtune.train.channel import CutTraffic, Meter
+
+if TYPE_CHECKING:  # gRPC is not installed where no base model is served
+    from fedtune.split.server import SplitServer
 
 
 def vision_model(config: Config) -> VisionModel:
@@ -68,6 +71,8 @@ def serve_base(
 
     Raises `ConfigError`.
     """
+    from fedtune.split.server import SplitServer, Tls, terms_of
+
     config = job.config
     terms = terms_of(model.decoder, config.digest, config.split.activations)
     tls = Tls((keys / SERVER_CERTIFICATE).read_bytes(), (keys / SERVER_KEY).read_bytes())

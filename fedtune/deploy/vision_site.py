@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 
 from fedtune.base.answering import first_tokens
+from fedtune.base.emulator import Emulator
 from fedtune.base.kit import ClientKit
+from fedtune.config import Config
 from fedtune.data.question_files import read_questions
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
 from fedtune.errors import ConfigError
+from fedtune.simulation.emulation import check_emulator
 from fedtune.simulation.job import parts_for, torch_settings
 from fedtune.simulation.vision import VisionClient, VisionModel
-from fedtune.split.client import GrpcBase
 from fedtune.train.channel import Meter
-from fedtune.train.cut import AcrossCut
+from fedtune.train.cut import AcrossCut, Behind, RemoteBase, WholeModel
 from fedtune.train.cut_forward import forward_trainer
 from fedtune.train.forward_only import directions_of
 from fedtune.train.protection import protected
@@ -53,21 +55,28 @@ def load_questions(files: SiteFiles) -> SiteTraining:
 def _model(files: SiteFiles) -> tuple[VisionClient, str, str]:
     """The client's half, the digest of all that is frozen, and in words where the base model is."""
     config, answers = files.federation, files.federation.data.labels
-    if not files.splits:
+    if not files.has_kit:
         whole = VisionModel(config, answers)
         return whole.client, whole.digest, f"base model {config.base.path}"
     kit = read_kit(files)
-    remote = connect_base(files, kit)
+    behind: Behind
+    if files.splits:
+        remote = connect_base(files, kit)
+        behind = AcrossCut(protected(remote, config.split), config.split.labels)
+        emulated, words = None, f"base model at {files.base_server}"
+    else:
+        emulator = kit_emulator(kit, config)
+        behind, emulated, words = WholeModel(emulator), emulator.digest, emulator.words
     half = VisionClient(
         config,
         kit.tokenizer(),
         kit.table(),
         kit.manifest.max_tokens,
         kit.connector,
-        AcrossCut(protected(remote, config.split), config.split.labels),
+        behind,
     )
-    digest = half.digest(kit.manifest.base_digest, answers)
-    return half, digest, f"base model at {files.base_server}, kit {kit.digest[:16]}"
+    digest = half.digest(kit.manifest.base_digest, answers, emulated)
+    return half, digest, f"{words}, kit {kit.digest[:16]}"
 
 
 def read_kit(files: SiteFiles) -> ClientKit:
@@ -82,8 +91,18 @@ def read_kit(files: SiteFiles) -> ClientKit:
     return kit
 
 
-def connect_base(files: SiteFiles, kit: ClientKit) -> GrpcBase:
+def kit_emulator(kit: ClientKit, config: Config) -> Emulator:
+    """What this site trains against; raises `UsageError`."""
+    tokens = first_tokens(kit.tokenizer(), config.data.labels)
+    found = Emulator(kit.emulator, tokens, config.emulator.digest)
+    check_emulator(config, kit.manifest.base_digest, found)
+    return found
+
+
+def connect_base(files: SiteFiles, kit: ClientKit) -> RemoteBase:
     """The base model at the server, as this site; it connects when it is asked."""
+    from fedtune.split.client import GrpcBase  # gRPC is not installed where it is not needed
+
     config = files.federation
     tokens = first_tokens(kit.tokenizer(), config.data.labels)
     terms = Terms(

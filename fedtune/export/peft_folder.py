@@ -42,6 +42,7 @@ class Passport:
     epsilon: float | None
     epsilon_unit: str
     fedtune_version: str
+    emulator: str | None = None  # digest of what it was trained against instead of the base
 
     @classmethod
     def read(cls, folder: Path) -> Self:

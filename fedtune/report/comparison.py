@@ -10,6 +10,8 @@ from fedtune.records import ClientSummary, Summary
 # How the references are called where people read; the linear head is the cheapest of all models.
 REFERENCE_WORDS = {
     "base": "base model (before any training)",
+    "emulator": "federated adapter, in the emulator",
+    "emulator-base": "emulator (before any training)",
     "centralized": "centralized (all data in one place)",
     "local-only": "alone (mean over all)",
     "linear-head": "linear head (frozen base)",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ class Job:
     connector: Path | None = None  # a file that belongs to the adapter
     meter: Metered | None = None  # what passes the cut, where the base model is behind one
     cut_width: int = 0  # of an embedding there
+    plugged: Task | None = None  # with the whole base model, where clients train on an emulator
+    emulator: str | None = None  # its digest
 
     @property
     def manifest(self) -> Manifest:
@@ -117,6 +119,10 @@ class Job:
         if self.parts:
             return self.parts.join(state, self.parts.private_of(self.parts.start))
         return self.directions.expand(state) if self.directions else state
+
+    def tester(self) -> TorchTrainer:
+        """What evaluates: whole adapters, in the model that they are meant for."""
+        return replace(self, task=self.plugged or self.task).torch_trainer()
 
     def torch_trainer(self, record_privacy: RecordPrivacy | None = None) -> TorchTrainer:
         """A trainer of adapters, not of directions, on the resident model."""

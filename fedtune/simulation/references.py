@@ -147,7 +147,7 @@ def _train(
     plan = LocalPlan(plan_batches(data.lengths, steps, batch_size, rng), rates, dropout_seed(rng))
     trainer = job.torch_trainer()
     result = trainer.train(initial, data, plan)
-    evaluation = trainer.evaluate(result.adapter, test)
+    evaluation = job.tester().evaluate(result.adapter, test)
     return ReferenceResult(evaluation, time.perf_counter() - started, steps * batch_size)
 
 

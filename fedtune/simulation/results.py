@@ -142,11 +142,15 @@ def _evaluate_questions(
     from fedtune.data.question_files import read_questions
     from fedtune.simulation.vision import VisionModel
 
-    own = config.base.model_copy(update={"connector": str(path / ADAPTER / CONNECTOR)})
-    model = VisionModel(config.model_copy(update={"base": own}), passport.labels)
-    _check_base(path, passport, config, model.digest)
+    own = {"connector": str(path / ADAPTER / CONNECTOR)}
+    if passport.emulator is not None:
+        own["placement"] = "client"  # it is plugged in; what it was trained against is not needed
+    base = config.base.model_copy(update=own)
+    model = VisionModel(config.model_copy(update={"base": base}), passport.labels)
+    digest = model.client.digest(model.base.digest, passport.labels, passport.emulator)
+    _check_base(path, passport, config, digest)
     adapter = _adapter(path, passport, config, model.adapter, client)
-    trainer = TorchTrainer(model.adapter, model.task, model.digest, TorchSettings())
+    trainer = TorchTrainer(model.adapter, model.task, digest, TorchSettings())
     return trainer.evaluate(adapter, model.prepare(read_questions(data, passport.labels)))
 
 

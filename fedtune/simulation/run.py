@@ -161,6 +161,7 @@ class Simulation(Observer):
         self._final: dict[int, Evaluation] = {}
         self._personal: dict[int, Evaluation] = {}
         self._before: Evaluation | None = None
+        self._emulated: dict[str, Evaluation] = {}
         self._refused: list[str] = []
 
     def execute(self) -> Outcome:
@@ -291,6 +292,9 @@ class Simulation(Observer):
             self._personal[place] = evaluate(pool, job, own, where)
         if self._initial is not None and job.shown:
             self._before = evaluate(pool, job, self._initial)
+            if job.plugged is not None:
+                for name, vector in (("emulator", adapter), ("emulator-base", self._initial)):
+                    self._emulated[name] = evaluate(pool, job, vector, emulated=True)
         if self._initial is not None and self._options.references:
             running = self._progress.references_running
             self._references = run_references(pool, job, self._initial, running)
@@ -431,6 +435,8 @@ class Simulation(Observer):
         if self._before is not None:
             base = self._before
             found.append(Reference("base", base.accuracy or 0.0, base.loss, 0.0, 0))
+        for name, result in self._emulated.items():
+            found.append(Reference(name, result.accuracy or 0.0, result.loss, 0.0, 0))
         if alone:
             accuracy = float(np.mean([_accuracy(r) for r in alone]))
             loss = float(np.mean([r.evaluation.loss for r in alone]))
@@ -465,12 +471,13 @@ class Simulation(Observer):
             epsilon=self._epsilon(),
             epsilon_unit=_unit_words(config),
             fedtune_version=importlib.metadata.version("fedtune"),
+            emulator=job.emulator,
         )
 
 
 def cut_record(job: Job, per_client: Sequence[ClientSummary]) -> Cut | None:
     """What has passed the cut, if there is one."""
-    if job.meter is None or job.config.base.placement == "client":
+    if job.meter is None or job.config.base.placement != "server":
         return None
     found, split = job.meter.traffic, job.config.split
     width = job.cut_width

@@ -22,12 +22,14 @@ from fedtune.base.connector import (
     pretrain,
     save_connector,
 )
+from fedtune.base.emulator import Emulator
 from fedtune.base.kit import Table
 from fedtune.base.vision import Features, VisionEncoder
 from fedtune.cache import cache_folder
 from fedtune.config import Config
 from fedtune.data.questions import Captions, QuestionExamples
 from fedtune.errors import BaseModelError, ConfigError, DataError
+from fedtune.simulation.emulation import find_emulator
 from fedtune.train.channel import Meter, in_process_channel
 from fedtune.train.cut import AcrossCut, Behind, InProcessBase, WholeModel
 from fedtune.train.protection import protected
@@ -78,21 +80,43 @@ class VisionClient:
             )
         return found
 
-    def digest(self, base_digest: str, answers: Sequence[str]) -> str:
-        """SHA-256 of all that is frozen: decoder, encoder, connector, and the answers' tokens."""
-        tokens = first_tokens(self.tokenizer, answers).tolist()
-        return digest_of([base_digest, self.encoder.digest, self.connector_digest, tokens])
+    def digest(
+        self, base_digest: str, answers: Sequence[str], emulator_digest: str | None = None
+    ) -> str:
+        """SHA-256 of all that is frozen: decoder, encoder, connector, and the answers' tokens.
+
+        And of the decoder's emulator, where clients train against one.
+        """
+        return frozen_digest(
+            base_digest,
+            self.encoder.digest,
+            self.connector_digest,
+            first_tokens(self.tokenizer, answers),
+            emulator_digest,
+        )
+
+
+def frozen_digest(
+    base: str, encoder: str, connector: str, tokens: NDArray[np.int64], emulator: str | None
+) -> str:
+    """See `VisionClient.digest`."""
+    return digest_of([base, encoder, connector, tokens.tolist(), *([emulator] * bool(emulator))])
 
 
 class VisionModel:
     """The whole model, with the decoder: what simulates, and what a server evaluates."""
 
     def __init__(
-        self, config: Config, answers: Sequence[str], public: Captions | None = None
+        self,
+        config: Config,
+        answers: Sequence[str],
+        public: Captions | None = None,
+        public_questions: Sequence[str] = (),
     ) -> None:
         """Load it; raises `BaseModelError`, `ConfigError` or `DataError`.
 
-        Without `base.connector`, one is pretrained on `public` images and kept in the cache.
+        Without `base.connector`, one is pretrained on `public` images, and without `emulator.path`
+        one is made of `public_questions`; they are kept in the cache.
         """
         self.base = CausalBase(config.base.path, config.base.digest)
         self.decoder = AnsweringDecoder(self.base, answers)
@@ -103,12 +127,20 @@ class VisionModel:
             whole, encoding = InProcessBase(self.decoder), config.split.activations
             remote = in_process_channel(whole, self.decoder.width, encoding, self.meter)
             behind = AcrossCut(protected(remote, config.split), config.split.labels)
+        self.emulator: Emulator | None = None
+        if config.base.placement == "emulator":
+            self.emulator = find_emulator(config, self.base, answers, public_questions)
+            behind = WholeModel(self.emulator)
         table: nn.Embedding = self.base.module.get_input_embeddings()  # type: ignore[operator]
         connector = find_connector(config, self.base, public)
         tokenizer, longest = self.base.tokenizer, self.base.max_tokens
         self.client = VisionClient(config, tokenizer, table, longest, connector, behind)
         self.adapter, self.task = self.client.adapter, self.client.task
-        self.digest = self.client.digest(self.base.digest, answers)
+        self.plugged: QuestionAnswering | None = None
+        if self.emulator is not None:
+            self.plugged = QuestionAnswering(self.task.pad_id, WholeModel(self.decoder))
+        emulated = self.emulator.digest if self.emulator else None
+        self.digest = self.client.digest(self.base.digest, answers, emulated)
 
     def prepare(self, examples: QuestionExamples) -> EncodedQuestions:
         """See `VisionClient.prepare`."""

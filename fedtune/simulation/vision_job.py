@@ -42,7 +42,7 @@ def vision_job(config: Config) -> Job:
         raise ConfigError("adapter.kind = nano trains on the CPU; set train.device = cpu")
     data = load_questions(config)
     check_cohort(config, len(data.clients))
-    model = VisionModel(config, data.answers, data.public)
+    model = VisionModel(config, data.answers, data.public, data.public_questions)
     check_privacy(config, shared_size(config, model.adapter), len(data.clients))
     clients = [
         JobClient(
@@ -67,11 +67,16 @@ def job_of_vision(
     warnings: tuple[str, ...] = (),
 ) -> Job:
     """A task over questions with a model that is loaded, by clients whose rows are prepared."""
-    placement = ", the base model at the server" * (config.base.placement == "server")
+    where = {"client": "", "server": ", the base model at the server"}
+    placement = where.get(config.base.placement, "")
+    if model.emulator is not None:
+        placement = f", trained against an emulator: {model.emulator.words}"
     return Job(
         config=config,
         adapter=model.adapter,
         task=model.task,
+        plugged=model.plugged,
+        emulator=model.emulator.digest if model.emulator else None,
         base_name=f"{config.base.path} behind {config.base.encoder}",
         base_digest=model.digest,
         adapter_words=f"NanoAdapter-I and -T r={config.adapter.rank}{placement}"

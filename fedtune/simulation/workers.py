@@ -61,15 +61,22 @@ def make_pool(
     return ForkPool(handlers, workers, start)
 
 
-def evaluate(pool: Pool, job: Job, adapter: Float32Vector, place: int = COMMON_TEST) -> Evaluation:
+def evaluate(
+    pool: Pool,
+    job: Job,
+    adapter: Float32Vector,
+    place: int = COMMON_TEST,
+    emulated: bool = False,
+) -> Evaluation:
     """Evaluate `adapter` on the common test set or on the own test set of the client in `place`.
 
-    It is a whole one, float32 `[job.adapter.manifest.size]`. The rows are shared out over the
-    workers; raises `JobError` if one of them fails.
+    It is a whole one, float32 `[job.adapter.manifest.size]`. With `emulated`, not in the whole base
+    model but in what clients train against. The rows are shared out over the workers; raises
+    `JobError` if one of them fails.
     """
     data = _test_set(job, place)
     tasks = [
-        Task(part, "evaluate", partial(_pack_request, place, part, adapter))
+        Task(part, "evaluate", partial(_pack_request, place, part, emulated, adapter))
         for part in range(len(_parts(data)))
     ]
     answers = {}
@@ -108,14 +115,15 @@ def _parts(data: Dataset) -> list[NDArray[np.int64]]:
     return [order[start : start + ROWS_PER_TASK] for start in range(0, len(order), ROWS_PER_TASK)]
 
 
-def _pack_request(place: int, part: int, adapter: Float32Vector) -> bytes:
-    return json.dumps([place, part]).encode() + b"\n" + adapter.tobytes()
+def _pack_request(place: int, part: int, emulated: bool, adapter: Float32Vector) -> bytes:
+    return json.dumps([place, part, emulated]).encode() + b"\n" + adapter.tobytes()
 
 
 def _evaluate(job: Job, payload: bytes) -> bytes:
     header, _, vector = payload.partition(b"\n")
-    place, part = json.loads(header)
+    place, part, emulated = json.loads(header)
     data = _test_set(job, place)
     rows = data.select(_parts(data)[part])
     adapter = np.frombuffer(vector, np.float32).copy()
-    return pack_evaluation(job.torch_trainer().evaluate(adapter, rows))
+    trainer = job.torch_trainer() if emulated else job.tester()
+    return pack_evaluation(trainer.evaluate(adapter, rows))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedtune.base.answering import AnsweringDecoder
+from fedtune.base.answering import Answering
 
 Float32Array = NDArray[np.float32]
 Labels = Literal["server", "client"]
@@ -57,7 +57,7 @@ class RemoteBase(Protocol):
 class InProcessBase:
     """A `RemoteBase` that is not remote: the server's own half, and what simulations use."""
 
-    def __init__(self, decoder: AnsweringDecoder) -> None:
+    def __init__(self, decoder: Answering) -> None:
         self._decoder = decoder
 
     def differentiate(
@@ -105,7 +105,7 @@ class Behind(Protocol):
 class WholeModel:
     """The language model is in this process: one graph from the adapters to the loss."""
 
-    def __init__(self, decoder: AnsweringDecoder) -> None:
+    def __init__(self, decoder: Answering) -> None:
         self._decoder = decoder
 
     def loss(self, embeddings: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:

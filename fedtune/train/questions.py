@@ -99,7 +99,7 @@ class QuestionAnswering:
     evaluated_at_once = 32
 
     def __init__(self, pad_id: int, behind: Behind) -> None:
-        self._pad_id = pad_id
+        self.pad_id = pad_id
         self.behind = behind
 
     def batch(
@@ -107,7 +107,7 @@ class QuestionAnswering:
     ) -> tuple[Prompt, Tensor]:
         """The prompt of these rows, and their labels, int64 `[batch]`."""
         ids, mask, labels = (
-            torch.from_numpy(array).to(device) for array in padded(data.texts, rows, self._pad_id)
+            torch.from_numpy(array).to(device) for array in padded(data.texts, rows, self.pad_id)
         )
         images = data.images[rows]
         features = torch.from_numpy(data.features[images].astype(np.float32)).to(device)

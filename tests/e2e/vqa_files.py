@@ -10,7 +10,7 @@ SITES, QUESTIONS, TESTED, PUBLIC = 4, 36, 40, 48
 
 
 def write_question_clients(folder: Path) -> Path:
-    """Four sites with questions of easy-VQA, a test set and public captions."""
+    """Four sites with questions of easy-VQA, a test set, public captions and questions."""
     from fedtune.data import PartitionSpec
     from fedtune.data.easy_vqa import load_easy_vqa
     from fedtune.data.questions import QuestionExamples
@@ -35,4 +35,5 @@ def write_question_clients(folder: Path) -> Path:
         for file, words in zip(data.public.files[:PUBLIC], data.public.words, strict=False)
     ]
     write_rows(folder / "captions.jsonl", captions)
+    write_rows(folder / "public.jsonl", [{"question": q} for q in data.public_questions[:PUBLIC]])
     return folder

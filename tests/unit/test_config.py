@@ -269,6 +269,9 @@ def _other(key: str, default: object) -> str:
         "train.method": ["forward-only"],
         "base.placement": ["server"],
         "base.connector-digest": [f'"{"ab" * 32}"'],
+        "emulator.layers": ["12"],
+        "emulator.share": ["false"],
+        "emulator.digest": [f'"{"ab" * 32}"'],
         "split.labels": ["client"],
         "split.activations": ["int8"],
         "split.clip": ["4.0"],
@@ -301,8 +304,12 @@ def _other(key: str, default: object) -> str:
 _FORWARD_ONLY = ['train.method="forward-only"', 'train.optimizer="sgd"']
 _VISION = ['base.task="visual-question-answering"', 'adapter.kind="nano"']
 _AT_SERVER = [*_VISION, 'base.placement="server"']
+_EMULATED = [*_VISION, 'base.placement="emulator"']
 _COMPANIONS = {
     "base.placement": _VISION,
+    "emulator.layers": _EMULATED,
+    "emulator.share": _EMULATED,
+    "emulator.digest": _EMULATED,
     "split.clip": [*_AT_SERVER, "split.eta=60.0"],
     "split.eta": [*_AT_SERVER, "split.clip=5.0"],
     "train.method": _FORWARD_ONLY[1:],
@@ -321,7 +328,8 @@ _COMPANIONS = {
 
 def test_everything_else_is_in_the_digest():
     digests = {"": Config().digest}
-    not_agreed = {"base.path", "base.connector", "train.device", "train.threads"}
+    not_agreed = {"base.path", "base.connector", "emulator.path"}
+    not_agreed |= {"train.device", "train.threads"}
     # There is one encoder, and the others go with keys of their own.
     not_agreed |= {"base.encoder", "adapter.kind", "aggregate.rule"}
     for name, table in _tables().items():

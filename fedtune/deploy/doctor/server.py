@@ -15,7 +15,7 @@ from fedtune.deploy.doctor.machine import Needs, examine_machine
 from fedtune.deploy.doctor.packages import examine_packages
 from fedtune.deploy.doctor.pytorch import absent
 from fedtune.deploy.doctor.site import CORRECT, extras_for
-from fedtune.deploy.doctor.vision import look_at_questions
+from fedtune.deploy.doctor.vision import look_at_emulator, look_at_questions
 from fedtune.deploy.keys import Members
 from fedtune.errors import ConfigError
 from fedtune.report import words
@@ -54,6 +54,8 @@ def examine_server(examination: Examination, path: Path) -> None:
     if config.base.placement == "server":
         examination.run("base port", lambda: _port(listen.host, listen.base_port), _PORT)
     base = examine_base(examination, config, ())
+    if config.base.placement == "emulator":
+        _examine_emulator(examination, files)
     if test is not None:
         examination.begin("data")
         if vision:
@@ -67,6 +69,19 @@ def examine_server(examination: Examination, path: Path) -> None:
     else:
         needs = _predict(examination, files, base[0] if base else None, members)
     examine_machine(examination, files.find(listen.run), needs, None, config.train.device)
+
+
+def _examine_emulator(examination: Examination, files: _Files) -> None:
+    path = files.federation.emulator.path
+    if path is None:
+        advice = "make one with: fedtune nano emulator"
+        verdict: Verdict[None] = Verdict("problem", "emulator.path is missing", advice)
+        examination.add("emulator", verdict)
+    elif lacking := absent():
+        examination.skip("emulator", f"not installed: {', '.join(lacking)}", FIRST)
+    else:
+        found = files.find(path)
+        examination.run("emulator", lambda: look_at_emulator(found, files.federation))
 
 
 def _read(path: Path) -> Verdict[_Files]:

@@ -28,13 +28,13 @@ _SECONDS = 5.0
 def examine_vision(
     examination: Examination, files: SiteFiles, data: Sequence[Path], members: Members | None
 ) -> tuple[Needs, bool]:
-    """What a site needs that sends embeddings to its base model, and whether it is possible."""
+    """What a site with questions about images needs, and whether it is possible."""
     config = files.federation
     examination.begin("base model")
     found = None
     if lacking := absent():
         examination.skip("kit", f"not installed: {', '.join(lacking)}", FIRST)
-    elif files.splits:
+    elif files.has_kit:
         found = examination.run("kit", lambda: _kit(files))
     else:
         advice = "fedtune doctor --measure loads it"
@@ -64,26 +64,46 @@ def look_at_questions(path: Path, config: Config) -> Verdict[QuestionExamples]:
     return Verdict("ok", text, numbers=numbers, value=found)
 
 
+def look_at_emulator(path: Path, config: Config) -> Verdict[None]:
+    """What sites train against, and the server tests in too, as the operator has made it."""
+    from fedtune.base.emulator import read_manifest
+
+    try:
+        manifest, digest = read_manifest(path, config.emulator.digest)
+    except BaseModelError as error:
+        return Verdict("problem", str(error), "see docs/nano.md")
+    kept = f"{len(manifest.plan.kept)} of {manifest.plan.layers} layers"
+    text = f"{path}, digest {digest}, {kept}"
+    if config.emulator.digest is None:
+        advice = "set emulator.digest in federation.toml, before the kit is made"
+        return Verdict("warning", text, advice)
+    return Verdict("ok", text)
+
+
 def _kit(files: SiteFiles) -> Verdict[tuple[int, str]]:
     """Size of the adapter, and the digest of all that is frozen."""
     from fedtune.base.answering import first_tokens
-    from fedtune.base.kit import ClientKit
     from fedtune.base.vision import VisionEncoder
-    from fedtune.types import digest_of, sha256_hex
+    from fedtune.deploy.vision_site import kit_emulator, read_kit
+    from fedtune.simulation.vision import frozen_digest
+    from fedtune.types import sha256_hex
 
     config, machine = files.federation, files.config.machine
     try:
-        kit = ClientKit(files.find(machine.kit), machine.kit_digest)
-        tokens = first_tokens(kit.tokenizer(), config.data.labels).tolist()
+        kit = read_kit(files)
+        tokens = first_tokens(kit.tokenizer(), config.data.labels)
         encoder, width = VisionEncoder(config.base.encoder).digest, kit.table().embedding_dim
-    except (BaseModelError, DataError) as error:
+        emulator = None if files.splits else kit_emulator(kit, config)
+    except (BaseModelError, ConfigError, DataError) as error:
         return Verdict("problem", str(error), "see docs/nano.md")
     rank = config.adapter.rank
     size = 2 * (2 * width * rank + rank + width)
-    digest = digest_of(
-        [kit.manifest.base_digest, encoder, sha256_hex(kit.connector.read_bytes()), tokens]
-    )
+    connector = sha256_hex(kit.connector.read_bytes())
+    emulated = emulator.digest if emulator else None
+    digest = frozen_digest(kit.manifest.base_digest, encoder, connector, tokens, emulated)
     text = f"{kit.folder}, digest {kit.digest}, {words.size(kit.size)}; an adapter of {size:,}"
+    if emulator is not None:
+        text += f"; trained against {emulator.words}"
     if machine.kit_digest is None:
         advice = "set machine.kit-digest, told to you on another way than the files came"
         return Verdict("warning", text, advice, {"adapter_parameters": size}, (size, digest))
