@@ -17,6 +17,7 @@ from fedtune.edge.engines import Engine, feeds
 from fedtune.edge.optimizer import Moments, Optimizer, clip_norm, make_optimizer
 from fedtune.edge.runtime import open_session
 from fedtune.errors import TrainingError
+from fedtune.train.cross_entropy import cross_entropy
 from fedtune.train.private import RecordPrivacy, private_gradient
 from fedtune.train.texts import COLLATE, IGNORED, Batch, TokenizedTexts
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
@@ -259,18 +260,6 @@ class EdgeTrainer:
                 gradient, trained.size, len(data), plan.batch_size, privacy, random
             )
             optimizer.step(trained, found, lr)
-
-
-def cross_entropy(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The loss of each row, float64 `[n]`, 0 where the label is `IGNORED`.
-
-    `logits` is float64 `[n, classes]`.
-    """
-    shifted = logits - logits.max(-1, keepdims=True)
-    total = np.log(np.exp(shifted).sum(-1))
-    counts = labels != IGNORED
-    found = total - shifted[np.arange(len(labels)), np.where(counts, labels, 0)]
-    return np.where(counts, found, 0.0)
 
 
 def _labels_that_count(batch: Batch) -> int:
