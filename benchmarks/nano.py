@@ -69,7 +69,7 @@ def prepare(folder: Path, port: int) -> None:
     from fedtune.deploy.keys import make_roster, make_server_keys, make_site_keys
     from fedtune.deploy.site_files import CLIENT_TEMPLATE
     from fedtune.simulation.vision import train_connector
-    from fedtune.train.questions import PROMPT
+    from fedtune.train.question_rows import PROMPT
 
     data = load_easy_vqa(partition=PartitionSpec("iid"), clients=CLIENTS, seed=0)
     federation = read_toml(PRESETS / "vqa.toml")

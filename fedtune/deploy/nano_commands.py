@@ -11,7 +11,7 @@ from fedtune.config import load_config
 from fedtune.data.question_files import QUESTION
 from fedtune.data.readers import read_cells
 from fedtune.errors import ConfigError, RunFolderError
-from fedtune.train.questions import PROMPT
+from fedtune.train.question_rows import PROMPT
 
 
 def kit(federation: Path, out: Path, texts: Path | None) -> int:

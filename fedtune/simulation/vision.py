@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,18 @@ from fedtune.base.connector import (
     save_connector,
 )
 from fedtune.base.kit import Table
-from fedtune.base.vision import Features, VisionEncoder
+from fedtune.base.vision import VisionEncoder
 from fedtune.cache import cache_folder
 from fedtune.config import Config
+from fedtune.data.images import Features
 from fedtune.data.questions import Captions, QuestionExamples
 from fedtune.errors import BaseModelError, ConfigError, DataError
 from fedtune.train.channel import Meter, in_process_channel
 from fedtune.train.cut import AcrossCut, Behind, InProcessBase, WholeModel
 from fedtune.train.protection import protected
-from fedtune.train.questions import EncodedQuestions, QuestionAnswering, encode_questions
+from fedtune.train.question_rows import EncodedQuestions, encode_questions
+from fedtune.train.questions import QuestionAnswering
+from fedtune.train.task import tokenize
 from fedtune.types import digest_of
 
 _FORMAT = 1  # part of the cache's name: raise it with every change of the pretraining
@@ -68,7 +72,9 @@ class VisionClient:
         if examples.files not in self._features:
             self._features[examples.files] = self.encoder.features(examples.files)
         features = self._features[examples.files]
-        found = encode_questions(self.tokenizer, examples, features, self.max_length)
+        longest = self.max_length
+        tokenized = partial(tokenize, self.tokenizer, max_length=longest + 1)
+        found = encode_questions(tokenized, examples, features, longest)
         if isinstance(self._table, Table) and (lacking := self._table.lacking(found.texts.ids)):
             word = self.tokenizer.decode(lacking[:1])
             raise DataError(

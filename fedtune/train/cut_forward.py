@@ -23,7 +23,8 @@ from fedtune.errors import TrainingError
 from fedtune.train.cut import AcrossCut
 from fedtune.train.directions import Directions
 from fedtune.train.forward_only import ForwardOnlyTrainer, passes
-from fedtune.train.questions import EncodedQuestions, QuestionAnswering
+from fedtune.train.question_rows import EncodedQuestions
+from fedtune.train.questions import QuestionAnswering
 from fedtune.train.task import Task
 from fedtune.train.torch_trainer import TorchTrainer
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
