@@ -16,7 +16,7 @@ from fedtune.edge.engines import Engine, gradient_name
 from fedtune.edge.optimizer import Moments, make_optimizer
 from fedtune.edge.reference import LEARNING_RATES, MARKS, WEIGHT_DECAY, batch_of
 from fedtune.edge.runtime import TRAINING_VERSION, import_runtime
-from fedtune.edge.trainer import ForwardModel
+from fedtune.edge.texts import ForwardModel
 from fedtune.types import Task
 
 # Largest difference of one value, as a share of the largest one where that is above 1. AdamW

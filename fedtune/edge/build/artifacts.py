@@ -117,7 +117,7 @@ def make_step(forward: onnx.ModelProto, adapter: list[str]) -> onnx.ModelProto:
     model.graph.input.append(helper.make_tensor_value_info(LABELS, TensorProto.INT64, [LABELLED]))
     graph = Graph(model)
     loss, slope = add_cross_entropy(graph, "logits", LABELS)
-    gradients = add_gradients(graph, "logits", slope, adapter)
+    gradients = add_gradients(graph, {"logits": slope}, adapter)
     del model.graph.output[:]
     graph.publish(loss, TensorProto.FLOAT, ())
     for name in adapter:
