@@ -61,13 +61,14 @@ def make(kind: str, artifacts: Path) -> Any:
         return TorchTrainer(model.adapter, model.task, model.base.digest, settings)
     from fedtune.edge.artifacts import EdgeArtifacts
     from fedtune.edge.devices import make_losses, make_trainer
-    from fedtune.edge.trainer import EdgeSettings
+    from fedtune.edge.trainer import EdgeSettings, EdgeTrainer
 
     runtime, _, precision = kind.partition("/")
     found = EdgeArtifacts(artifacts)
     chosen: Any = precision
     if runtime == "inference":
-        return make_losses(found, chosen, THREADS, EdgeSettings().micro_batch)
+        without_gradients: Any = make_losses(found, chosen, THREADS, EdgeSettings().micro_batch)
+        return EdgeTrainer(found.tensors, without_gradients, EdgeSettings())
     if runtime == "forward-only":
         from fedtune.config import load_config
         from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedtune.data.images import SIDE, Features, cached_features, read_pixels
+from fedtune.base.images import SIDE, Features, cached_features, read_pixels
 from fedtune.errors import BaseModelError
 
 NAME = "EfficientNet-Lite0"

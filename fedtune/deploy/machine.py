@@ -47,9 +47,7 @@ def load_training(files: SiteFiles) -> SiteTraining:
     """What trains at this site; raises `UsageError`."""
     config = files.federation
     if config.base.task == "visual-question-answering":
-        from fedtune.deploy.vision_site import load_questions
-
-        return load_questions(files)
+        return _load_questions(files)
     train, test = (
         load_examples(
             files.find(name), config.data.labels, config.data.text_column, config.label_column
@@ -69,3 +67,11 @@ def _load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> S
     else:
         from fedtune.deploy.edge_site import load
     return load(files, train, test)
+
+
+def _load_questions(files: SiteFiles) -> SiteTraining:
+    if files.config.machine.runtime == "torch":
+        from fedtune.deploy.vision_site import load_questions
+    else:
+        from fedtune.deploy.edge_vision_site import load_questions
+    return load_questions(files)

@@ -7,30 +7,23 @@ import torch
 from fedtune.base.answering import first_tokens
 from fedtune.base.kit import ClientKit
 from fedtune.data.question_files import read_questions
+from fedtune.deploy.base_link import connect_base
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
 from fedtune.errors import ConfigError
 from fedtune.simulation.job import torch_settings
 from fedtune.simulation.vision import VisionClient, VisionModel
-from fedtune.split.client import GrpcBase
-from fedtune.train.channel import Meter
 from fedtune.train.cut import AcrossCut
 from fedtune.train.cut_forward import forward_trainer
 from fedtune.train.forward_only import directions_of
 from fedtune.train.protection import protected
 from fedtune.train.torch_trainer import TorchTrainer
 from fedtune.train.trainer import Trainer
-from fedtune.types import digest_of
-from fedtune.wire.split import Terms
 
 
 def load_questions(files: SiteFiles) -> SiteTraining:
     """What trains at this site, on its questions; raises `UsageError`."""
-    config, machine = files.federation, files.config.machine
-    if machine.runtime != "torch":
-        raise ConfigError(
-            f'machine.runtime = "{machine.runtime}" knows no images yet; set it to "torch"'
-        )
+    config = files.federation
     torch.set_num_threads(config.train.threads)
     answers, data = config.data.labels, files.config.data
     half, digest, words = _model(files)
@@ -51,11 +44,13 @@ def _model(files: SiteFiles) -> tuple[VisionClient, str, str]:
         whole = VisionModel(config, answers)
         return whole.client, whole.digest, f"base model {config.base.path}"
     kit = read_kit(files)
-    remote = connect_base(files, kit)
+    table, tokenizer = kit.table(), kit.tokenizer()
+    tokens = first_tokens(tokenizer, answers).tolist()
+    remote = connect_base(files, kit.manifest.base_digest, tokens, table.embedding_dim)
     half = VisionClient(
         config,
-        kit.tokenizer(),
-        kit.table(),
+        tokenizer,
+        table,
         kit.manifest.max_tokens,
         kit.connector,
         AcrossCut(protected(remote, config.split), config.split.labels),
@@ -74,20 +69,3 @@ def read_kit(files: SiteFiles) -> ClientKit:
             f"{config.base.digest}; ask the operator for this federation's kit"
         )
     return kit
-
-
-def connect_base(files: SiteFiles, kit: ClientKit) -> GrpcBase:
-    """The base model at the server, as this site; it connects when it is asked."""
-    config = files.federation
-    tokens = first_tokens(kit.tokenizer(), config.data.labels)
-    terms = Terms(
-        config.digest,
-        kit.manifest.base_digest,
-        digest_of(tokens.tolist()),
-        kit.table().embedding_dim,
-        len(tokens),
-        config.split.activations,
-    )
-    authority = files.find(files.config.site.certificate).read_bytes()
-    identity, roster = files.keys().identity, files.members().roster
-    return GrpcBase(files.base_server, authority, identity, roster, terms, Meter())

@@ -16,6 +16,8 @@ from fedtune.train.private import RecordPrivacy, private_gradient
 from fedtune.train.trainer import Dataset, Evaluation, LocalPlan, LocalResult
 from fedtune.types import Float32Vector, Manifest
 
+ALL_ROWS = 1 << 16  # more than a batch has
+
 
 @dataclass(frozen=True)
 class EdgeSettings:
@@ -25,7 +27,7 @@ class EdgeSettings:
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     record_privacy: RecordPrivacy | None = None
-    micro_batch: int = 1 << 16
+    micro_batch: int = ALL_ROWS
 
 
 class MomentStore(Protocol):

@@ -23,17 +23,17 @@ from fedtune.base.connector import (
     pretrain,
     save_connector,
 )
+from fedtune.base.images import Features
 from fedtune.base.kit import Table
 from fedtune.base.vision import VisionEncoder
 from fedtune.cache import cache_folder
 from fedtune.config import Config
-from fedtune.data.images import Features
 from fedtune.data.questions import Captions, QuestionExamples
 from fedtune.errors import BaseModelError, ConfigError, DataError
 from fedtune.train.channel import Meter, in_process_channel
 from fedtune.train.cut import AcrossCut, Behind, InProcessBase, WholeModel
 from fedtune.train.protection import protected
-from fedtune.train.question_rows import EncodedQuestions, encode_questions
+from fedtune.train.question_rows import EncodedQuestions, encode_questions, no_embedding
 from fedtune.train.questions import QuestionAnswering
 from fedtune.train.task import tokenize
 from fedtune.types import digest_of
@@ -76,12 +76,7 @@ class VisionClient:
         tokenized = partial(tokenize, self.tokenizer, max_length=longest + 1)
         found = encode_questions(tokenized, examples, features, longest)
         if isinstance(self._table, Table) and (lacking := self._table.lacking(found.texts.ids)):
-            word = self.tokenizer.decode(lacking[:1])
-            raise DataError(
-                f"the kit of the base model has no embedding for {word!r} and {len(lacking) - 1} "
-                "other tokens of these questions; ask the operator for one with a larger "
-                "vocabulary (fedtune nano kit --texts)"
-            )
+            raise no_embedding(self.tokenizer.decode(lacking[:1]), len(lacking))
         return found
 
     def digest(self, base_digest: str, answers: Sequence[str]) -> str:

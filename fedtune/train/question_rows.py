@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.base.images import Features
 from fedtune.data import TextExamples
-from fedtune.data.images import Features
 from fedtune.data.questions import NO_IMAGE, QuestionExamples
 from fedtune.errors import DataError
 from fedtune.train.texts import TokenizedTexts
@@ -96,3 +96,12 @@ def encode_questions(
             f"{max_length} tokens"
         )
     return EncodedQuestions(found, examples.images, features)
+
+
+def no_embedding(word: str, tokens: int) -> DataError:
+    """What to say of questions with so many tokens, that of `word` first, that a kit lacks."""
+    return DataError(
+        f"the kit of the base model has no embedding for {word!r} and {tokens - 1} other tokens of "
+        "these questions; ask the operator for one with a larger vocabulary (fedtune nano kit "
+        "--texts)"
+    )

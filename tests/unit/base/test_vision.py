@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from fedtune.base import images as image_files
 from fedtune.base import vision
 from fedtune.base.vision import VisionEncoder
-from fedtune.data import images as image_files
 from fedtune.data.easy_vqa import public_captions
 from fedtune.errors import BaseModelError, DataError
 

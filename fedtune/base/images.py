@@ -1,4 +1,4 @@
-"""Image files as pixels, and what an encoder made of them, kept on disk."""
+"""Image files as pixels, and what an encoder made of them, kept on disk. Knows no torch."""
 
 from __future__ import annotations
 
