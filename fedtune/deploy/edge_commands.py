@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.edge.artifacts import EdgeArtifacts
-from fedtune.edge.verify import Check, verify
+from fedtune.edge.checks import Check
+from fedtune.edge.verify import verify
 from fedtune.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
