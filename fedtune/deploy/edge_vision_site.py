@@ -61,9 +61,7 @@ def open_nano_artifacts(files: SiteFiles) -> EdgeArtifacts:
             "machine.max-memory-mb is not built for NanoAdapters: a step takes little beside the "
             "images' tokens; leave it out"
         )
-    artifacts = open_artifacts(files)
-    _ = artifacts.cut
-    return artifacts
+    return open_artifacts(files)
 
 
 def _trainer(files: SiteFiles, artifacts: EdgeArtifacts) -> EdgeTrainer:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from fedtune.train.trainer import Dataset, Trainer
 
+# What a device imports besides, where the base model stays at the server: the modules of gRPC and
+# Pillow.
+IN_FRONT_OF_A_CUT = ("grpc", "PIL")
+
 
 @dataclass(frozen=True)
 class SiteTraining:

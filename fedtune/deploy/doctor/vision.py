@@ -21,10 +21,11 @@ from fedtune.deploy.doctor.pytorch import absent
 from fedtune.deploy.doctor.rounds import examine_policy, examine_traffic
 from fedtune.deploy.keys import Members
 from fedtune.deploy.site_files import SiteFiles
+from fedtune.deploy.site_training import IN_FRONT_OF_A_CUT
 from fedtune.errors import BaseModelError, ConfigError, DataError
 from fedtune.report import words
 
-WITHOUT_TORCH = (*TRAINING, "grpc", "PIL")  # what trains, and what asks and reads images
+WITHOUT_TORCH = (*TRAINING, *IN_FRONT_OF_A_CUT)
 _SECONDS = 5.0
 
 

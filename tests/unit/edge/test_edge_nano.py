@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save
 from fedtune.adapter.nano import ClientHalf, Nano, Prompt
 from fedtune.base.connector import Connector, load_connector
 from fedtune.base.vision import VisionEncoder
+from fedtune.config import Split
 from fedtune.data.easy_vqa import public_captions
 from fedtune.data.questions import NO_IMAGE, QuestionExamples
 from fedtune.edge.artifacts import MANIFEST, REFERENCE, EdgeArtifacts
@@ -27,7 +28,8 @@ from fedtune.edge.trainer import EdgeSettings, EdgeTrainer
 from fedtune.edge.verify import verify
 from fedtune.errors import ArtifactError, DataError
 from fedtune.simulation.vision import VisionModel
-from fedtune.train.cut import InProcessBase
+from fedtune.train.cut import AcrossCut, InProcessBase
+from fedtune.train.protection import protected
 from fedtune.train.question_rows import EncodedQuestions
 from fedtune.train.remote import Labels
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
@@ -178,6 +180,26 @@ def test_the_gradient_is_that_of_the_whole_model(
     tensors = nano.artifacts.tensors.split(found)
     assert not any(value.any() for name, value in tensors.items() if "nano_image" in name)
     assert all(value.any() for name, value in tensors.items() if "nano_text" in name)
+
+
+def test_the_gradient_goes_through_the_clipping_of_what_is_sent(
+    nano: NanoBuilt,
+    model: VisionModel,
+    examples: QuestionExamples,
+    rows: EncodedQuestions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with PyTorch behind the same protection, whose noise is next to nothing here."""
+    remote = protected(InProcessBase(model.decoder), Split(clip=1.0, eta=1e9))
+    monkeypatch.setattr(model.task, "behind", AcrossCut(remote))
+    chosen, start = np.arange(8), start_of(model)
+    sgd = LocalPlan(iter([chosen]), iter([1.0]), 0)
+    after = trainer_of(model, optimizer="sgd").train(start, model.prepare(examples), sgd)
+    expected = start - after.adapter
+    _, found = on_device(nano, remote).gradient(start, rows, chosen)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    _, unclipped = on_device(nano, InProcessBase(model.decoder)).gradient(start, rows, chosen)
+    assert np.abs(unclipped - expected).max() > 1e-3
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
