@@ -60,29 +60,25 @@ def make(kind: str, artifacts: Path) -> Any:
         settings = torch_settings(config.train)
         return TorchTrainer(model.adapter, model.task, model.base.digest, settings)
     from fedtune.edge.artifacts import EdgeArtifacts
-    from fedtune.edge.devices import make_trainer
-    from fedtune.edge.trainer import EdgeSettings, EdgeTrainer, ForwardModel
+    from fedtune.edge.devices import make_losses, make_trainer
+    from fedtune.edge.trainer import EdgeSettings, EdgeTrainer
 
     runtime, _, precision = kind.partition("/")
     found = EdgeArtifacts(artifacts)
+    chosen: Any = precision
     if runtime == "inference":
-        forward = ForwardModel(artifacts / precision / "forward.onnx", found.tensors, THREADS)
-        nothing: Any = None
-        return EdgeTrainer(
-            found.tensors, "", found.manifest.task, 0, nothing, forward, EdgeSettings()
-        )
+        without_gradients: Any = make_losses(found, chosen, THREADS, EdgeSettings().micro_batch)
+        return EdgeTrainer(found.tensors, without_gradients, EdgeSettings())
     if runtime == "forward-only":
         from fedtune.config import load_config
-        from fedtune.edge.devices import make_losses
         from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
 
         config = load_config(artifacts.parent / "federation.toml", FORWARD_ONLY)
         directions = directions_of(config, found.tensors, found.initial())
-        whole: Any = precision
-        losses = make_losses(found, whole, THREADS, ROWS)
+        losses = make_losses(found, chosen, THREADS, ROWS)
         return ForwardOnlyTrainer(losses, directions, config.train.perturbation)
-    chosen: Any = (runtime, precision)
-    return make_trainer(found, *chosen, THREADS, EdgeSettings())
+    step: Any = runtime
+    return make_trainer(found, step, chosen, THREADS, EdgeSettings())
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def prepare(folder: Path, port: int) -> None:
     from fedtune.deploy.keys import make_roster, make_server_keys, make_site_keys
     from fedtune.deploy.site_files import CLIENT_TEMPLATE
     from fedtune.simulation.vision import train_connector
-    from fedtune.train.questions import PROMPT
+    from fedtune.train.question_rows import PROMPT
 
     data = load_easy_vqa(partition=PartitionSpec("iid"), clients=CLIENTS, seed=0)
     federation = read_toml(PRESETS / "vqa.toml")
@@ -290,12 +290,16 @@ def aim(what: str, value: float, limit: float, least: bool = False) -> None:
 
 def _remote(path: Path) -> tuple[object, int]:
     """A site's connection to the base model, and the width of an embedding."""
+    from fedtune.base.answering import first_tokens
+    from fedtune.deploy.base_link import connect_base
     from fedtune.deploy.site_files import SiteFiles
-    from fedtune.deploy.vision_site import connect_base, read_kit
+    from fedtune.deploy.vision_site import read_kit
 
     files = SiteFiles.read(path)
     kit = read_kit(files)
-    return connect_base(files, kit), kit.table().embedding_dim
+    tokens = first_tokens(kit.tokenizer(), files.federation.data.labels).tolist()
+    width = kit.table().embedding_dim
+    return connect_base(files, kit.manifest.base_digest, tokens, width), width
 
 
 def _at_once(ask: Callable[[int, int], None]) -> None:

@@ -340,11 +340,16 @@ app.add_typer(edge, name="edge")
 @edge.command(
     "build",
     epilog="Examples:  fedtune edge build my-federation/federation.toml -o artifacts  |  "
-    "fedtune edge build federation.toml -o artifacts --set base.path=/models/base",
+    "fedtune edge build federation.toml -o artifacts --set base.path=/models/base  |  "
+    "fedtune edge build federation.toml -o artifacts --kit kit",
 )
 def edge_build(
     federation: Annotated[Path, typer.Argument(help="The federation's configuration.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")] = Path("artifacts"),
+    kit: Annotated[
+        Path | None,
+        typer.Option(help='What `nano kit` made, with base.placement = "server".'),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Set any configuration key."),
@@ -354,7 +359,7 @@ def edge_build(
     """Export base model, adapter and head as training graphs, once, on a workstation."""
     from fedtune.deploy import edge_commands
 
-    raise typer.Exit(edge_commands.build(federation, out, settings or ()))
+    raise typer.Exit(edge_commands.build(federation, out, settings or (), kit))
 
 
 @edge.command(

@@ -700,7 +700,8 @@ class Machine(_Table):
     """As `train.threads`."""
     runtime: Literal["torch", "ort", "stepgraph"] = "torch"
     """What trains: PyTorch; ONNX Runtime's training build; or any ONNX Runtime. The last two need
-    artifacts, see `fedtune edge build`, and no PyTorch, see docs/edge.md."""
+    artifacts, see `fedtune edge build`, and no PyTorch, see docs/edge.md. With `base.placement =
+    "server"`: `torch` or `stepgraph`."""
     artifacts: str = "artifacts"
     """Folder of the artifacts."""
     artifacts_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")

@@ -178,6 +178,14 @@ def edge_plain_python() -> Path:
 
 
 @pytest.fixture(scope="session")
+def edge_nano_python() -> Path:
+    """The Python of a device that has NanoAdapters, and ONNX Runtime without training."""
+    from edge_environment import python_of
+
+    return python_of("edge-plain", "edge-nano")
+
+
+@pytest.fixture(scope="session")
 def decoder_artifacts(
     build_artifacts: Callable[..., Any],
     tiny_decoder: Path,

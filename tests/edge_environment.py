@@ -27,17 +27,18 @@ def site_packages(python: Path) -> Path:
     return found
 
 
-def python_of(name: str) -> Path:
-    """The environment's Python; it is made once, below the environment that the tests run in.
+def python_of(*names: str) -> Path:
+    """The Python of the environment of these lists, made once, below that of the tests.
 
     Its folder is named for what it was made of: the tests of another tree, which may run at the
     same time, have another. `make clean` removes them all. Of fedtune only the metadata and the
     command are in it: the code comes by PYTHONPATH from the tree under test.
     """
-    made_of = (requirements(name), ROOT / "pyproject.toml")
+    lists = [requirements(name) for name in names]
+    made_of = (*lists, ROOT / "pyproject.toml")
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in made_of]
     digest = hashlib.sha256("\n".join([sys.version, *UNUSED, *digests]).encode()).hexdigest()
-    folder = Path(sys.prefix) / "devices" / name / digest[:16]
+    folder = Path(sys.prefix) / "devices" / "+".join(names) / digest[:16]
     python, made = folder / "bin" / "python", folder / "made"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
@@ -48,7 +49,7 @@ def python_of(name: str) -> Path:
             pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
             install = [*pip, "--python", python, "install", "--no-deps", "--no-compile"]
             for arguments in (
-                [*install, "--requirement", requirements(name)],
+                [*install, *(part for file in lists for part in ("--requirement", file))],
                 [*install, _wheel_without_code(pip, folder)],
             ):
                 subprocess.run(arguments, check=True, timeout=250)

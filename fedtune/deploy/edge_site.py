@@ -10,6 +10,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedtune.adapter.parts import parts_of
+from fedtune.config import Train
 from fedtune.data import TextExamples
 from fedtune.deploy.site_files import SiteFiles
 from fedtune.deploy.site_training import SiteTraining
@@ -18,12 +19,13 @@ from fedtune.edge.devices import fit, make_losses, make_trainer
 from fedtune.edge.optimizer import Moments
 from fedtune.edge.runtime import import_build
 from fedtune.edge.tokens import EdgeTokenizer
-from fedtune.edge.trainer import EdgeSettings, MomentStore
+from fedtune.edge.trainer import ALL_ROWS, EdgeSettings, MomentStore
 from fedtune.errors import ConfigError
 from fedtune.files import write_atomic
 from fedtune.resources import resident_memory
 from fedtune.round.local import record_privacy
 from fedtune.train.forward_only import ForwardOnlyTrainer, directions_of
+from fedtune.train.private import RecordPrivacy
 from fedtune.train.trainer import Trainer
 
 
@@ -88,16 +90,19 @@ def _trainer(
         directions = directions_of(config, artifacts.tensors, artifacts.initial())
         losses = make_losses(artifacts, machine.precision, threads, micro_batch, machine.device)
         return ForwardOnlyTrainer(losses, directions, config.train.perturbation)
-    settings = EdgeSettings(
-        config.train.optimizer,
-        config.train.weight_decay,
-        config.train.max_grad_norm,
-        record_privacy(config, examples),
-        micro_batch,
-    )
+    settings = edge_settings(config.train, record_privacy(config, examples), micro_batch)
     moments = MomentFile(files.find(machine.moments)) if machine.moments else None
     return make_trainer(
         artifacts, step, machine.precision, threads, settings, moments, machine.device
+    )
+
+
+def edge_settings(
+    train: Train, privacy: RecordPrivacy | None = None, micro_batch: int = ALL_ROWS
+) -> EdgeSettings:
+    """What a federation's configuration says of training, for a device."""
+    return EdgeSettings(
+        train.optimizer, train.weight_decay, train.max_grad_norm, privacy, micro_batch
     )
 
 

@@ -5,12 +5,14 @@ What trains is imported by what the site's `machine.runtime` says: an edge devic
 
 from __future__ import annotations
 
+import importlib.util
+
 from fedtune.audit.log import AuditLog
 from fedtune.data import TextExamples
 from fedtune.data.labelled import load_examples
 from fedtune.deploy.site_audit import AuditedMachine
 from fedtune.deploy.site_files import SiteFiles
-from fedtune.deploy.site_training import SiteTraining
+from fedtune.deploy.site_training import IN_FRONT_OF_A_CUT, SiteTraining
 from fedtune.errors import ConfigError, KeyFileError
 from fedtune.round.client import ClientMachine
 from fedtune.round.membership import Membership
@@ -48,9 +50,7 @@ def load_training(files: SiteFiles) -> SiteTraining:
     """What trains at this site; raises `UsageError`."""
     config = files.federation
     if config.base.task == "visual-question-answering":
-        from fedtune.deploy.vision_site import load_questions
-
-        return load_questions(files)
+        return _load_questions(files)
     train, test = (
         load_examples(
             files.find(name), config.data.labels, config.data.text_column, config.label_column
@@ -70,3 +70,17 @@ def _load(files: SiteFiles, train: TextExamples, test: TextExamples | None) -> S
     else:
         from fedtune.deploy.edge_site import load
     return load(files, train, test)
+
+
+def _load_questions(files: SiteFiles) -> SiteTraining:
+    if files.config.machine.runtime == "torch":
+        from fedtune.deploy.vision_site import load_questions
+    else:
+        lacking = [name for name in IN_FRONT_OF_A_CUT if importlib.util.find_spec(name) is None]
+        if lacking:
+            raise ConfigError(
+                f"not installed: {', '.join(lacking)}: install client/requirements.edge-nano.txt "
+                "as docs/edge.md says"
+            )
+        from fedtune.deploy.edge_vision_site import load_questions
+    return load_questions(files)

@@ -13,7 +13,7 @@ from fedtune.config import load_config
 from fedtune.data.question_files import read_asked
 from fedtune.errors import ConfigError, RunFolderError
 from fedtune.simulation.emulation import find_emulator, make_emulator
-from fedtune.train.questions import PROMPT
+from fedtune.train.question_rows import PROMPT
 
 
 def kit(federation: Path, out: Path, texts: Path | None) -> int:

@@ -8,6 +8,10 @@ from fedtune.adapter.parts import Parts
 from fedtune.train.trainer import Dataset, Trainer
 from fedtune.types import Manifest
 
+# What a device imports besides, where the base model stays at the server: the modules of gRPC and
+# Pillow.
+IN_FRONT_OF_A_CUT = ("grpc", "PIL")
+
 
 @dataclass(frozen=True)
 class SiteTraining:

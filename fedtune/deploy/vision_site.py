@@ -15,24 +15,17 @@ from fedtune.errors import ConfigError
 from fedtune.simulation.emulation import check_emulator
 from fedtune.simulation.job import parts_for, torch_settings
 from fedtune.simulation.vision import VisionClient, VisionModel
-from fedtune.train.channel import Meter
-from fedtune.train.cut import AcrossCut, Behind, RemoteBase, WholeModel
+from fedtune.train.cut import AcrossCut, Behind, WholeModel
 from fedtune.train.cut_forward import forward_trainer
 from fedtune.train.forward_only import directions_of
 from fedtune.train.protection import protected
 from fedtune.train.torch_trainer import TorchTrainer
 from fedtune.train.trainer import Trainer
-from fedtune.types import digest_of
-from fedtune.wire.split import Terms
 
 
 def load_questions(files: SiteFiles) -> SiteTraining:
     """What trains at this site, on its questions; raises `UsageError`."""
-    config, machine = files.federation, files.config.machine
-    if machine.runtime != "torch":
-        raise ConfigError(
-            f'machine.runtime = "{machine.runtime}" knows no images yet; set it to "torch"'
-        )
+    config = files.federation
     torch.set_num_threads(config.train.threads)
     answers, data = config.data.labels, files.config.data
     half, digest, words = _model(files)
@@ -59,9 +52,13 @@ def _model(files: SiteFiles) -> tuple[VisionClient, str, str]:
         whole = VisionModel(config, answers)
         return whole.client, whole.digest, f"base model {config.base.path}"
     kit = read_kit(files)
+    table, tokenizer = kit.table(), kit.tokenizer()
     behind: Behind
     if files.splits:
-        remote = connect_base(files, kit)
+        from fedtune.deploy.base_link import connect_base  # gRPC, which an emulator does not need
+
+        tokens = first_tokens(tokenizer, answers).tolist()
+        remote = connect_base(files, kit.manifest.base_digest, tokens, table.embedding_dim)
         behind = AcrossCut(protected(remote, config.split), config.split.labels)
         emulated, words = None, f"base model at {files.base_server}"
     else:
@@ -69,8 +66,8 @@ def _model(files: SiteFiles) -> tuple[VisionClient, str, str]:
         behind, emulated, words = WholeModel(emulator), emulator.digest, emulator.words
     half = VisionClient(
         config,
-        kit.tokenizer(),
-        kit.table(),
+        tokenizer,
+        table,
         kit.manifest.max_tokens,
         kit.connector,
         behind,
@@ -97,22 +94,3 @@ def kit_emulator(kit: ClientKit, config: Config) -> Emulator:
     found = Emulator(kit.emulator, tokens, config.emulator.digest)
     check_emulator(config, kit.manifest.base_digest, found)
     return found
-
-
-def connect_base(files: SiteFiles, kit: ClientKit) -> RemoteBase:
-    """The base model at the server, as this site; it connects when it is asked."""
-    from fedtune.split.client import GrpcBase  # gRPC is not installed where it is not needed
-
-    config = files.federation
-    tokens = first_tokens(kit.tokenizer(), config.data.labels)
-    terms = Terms(
-        config.digest,
-        kit.manifest.base_digest,
-        digest_of(tokens.tolist()),
-        kit.table().embedding_dim,
-        len(tokens),
-        config.split.activations,
-    )
-    authority = files.find(files.config.site.certificate).read_bytes()
-    identity, roster = files.keys().identity, files.members().roster
-    return GrpcBase(files.base_server, authority, identity, roster, terms, Meter())

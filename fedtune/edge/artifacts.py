@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
@@ -30,6 +31,7 @@ INITIAL = "initial.safetensors"
 BASE = "base.bin"
 TRAINING, CHECKPOINT = "training.onnx", "checkpoint"
 STEP, FORWARD = "step.onnx", "forward.onnx"
+ENCODER, CONNECTOR, VOCABULARY = "encoder.onnx", "connector.onnx", "vocabulary.safetensors"
 LARGEST_MANIFEST = 4 << 20  # bytes
 
 Precision = Literal["float32", "int8"]
@@ -89,6 +91,25 @@ class Memory(_Part):
         return self.fixed + rows * tokens * self.per_token + rows * tokens**2 * self.per_pair
 
 
+class Cut(_Part):
+    """What a device knows of a base model that stays at the server, and of what is before it."""
+
+    encoder_digest: Sha256
+    connector_digest: Sha256
+    features: int = Field(ge=1)
+    """Values that the image encoder makes of an image."""
+    image_tokens: int = Field(ge=1)
+    width: int = Field(ge=1)
+    """Length of an embedding."""
+    answer_tokens: tuple[int, ...]
+    """The token with which each answer begins."""
+
+    def digest(self, base_digest: str) -> str:
+        """SHA-256 of all that is frozen, as a client with PyTorch has it."""
+        parts = [base_digest, self.encoder_digest, self.connector_digest, [*self.answer_tokens]]
+        return digest_of(parts)
+
+
 class EdgeManifest(_Part):
     """The contents of manifest.json."""
 
@@ -107,6 +128,8 @@ class EdgeManifest(_Part):
     end_id: int | None = Field(ge=0)
     """The token with which a text ends, where the tokenizer does not say so by itself."""
     dropout: float = Field(ge=0, lt=1)
+    cut: Cut | None = None
+    """Where the base model stays at the server."""
     built_with: dict[str, str]
     graphs: dict[FileName, GraphEntry]
     memory: dict[str, Memory]
@@ -166,6 +189,12 @@ class EdgeArtifacts:
                 f"{self.folder}: built for another adapter, task, pooling, max-length or number of "
                 "labels than the federation has; build them from its federation.toml"
             )
+        connector = config.base.connector_digest
+        if found.cut is not None and connector not in {None, found.cut.connector_digest}:
+            raise ArtifactError(
+                f"{self.folder}: built from the connector {found.cut.connector_digest}, "
+                f"base.connector-digest is {connector}"
+            )
         from_seed = config.train.method == "forward-only" or config.adapter.private
         if from_seed and found.seed != config.seed:
             raise ArtifactError(
@@ -188,6 +217,19 @@ class EdgeArtifacts:
             check_file(path, self.manifest.files[name])
             self._checked.add(name)
         return path
+
+    @property
+    def cut(self) -> Cut:
+        """What is in front of a base model at the server; raises `ArtifactError`."""
+        if self.manifest.cut is None:
+            raise ArtifactError(
+                f"{self.folder}: they hold a base model, not what is in front of it"
+            )
+        return self.manifest.cut
+
+    def vocabulary(self) -> NDArray[np.int64]:
+        """The tokens that have an embedding, ascending, in the table's order; int64 `[rows]`."""
+        return self._tensors(VOCABULARY)["tokens"].astype(np.int64)
 
     def reference(self) -> dict[str, Float32Vector]:
         """What torch computed where the artifacts were built, see `edge.verify`."""

@@ -9,13 +9,8 @@ from typing import Literal
 from fedtune.edge import artifacts as files
 from fedtune.edge.artifacts import EdgeArtifacts, Memory, Precision
 from fedtune.edge.engines import Engine, StepGraphEngine, TrainingEngine
-from fedtune.edge.trainer import (
-    EdgeLosses,
-    EdgeSettings,
-    EdgeTrainer,
-    ForwardModel,
-    MomentStore,
-)
+from fedtune.edge.texts import EdgeLosses, ForwardModel, TextGradients
+from fedtune.edge.trainer import EdgeSettings, EdgeTrainer, MomentStore
 from fedtune.errors import ConfigError
 from fedtune.types import Manifest
 
@@ -75,16 +70,10 @@ def make_trainer(
     folder = check_files(artifacts, runtime, precision)
     engine = open_engine(runtime, folder, artifacts.tensors, threads, found.dropout > 0, device)
     forward = ForwardModel(folder / files.FORWARD, artifacts.tensors, threads, device)
-    return EdgeTrainer(
-        artifacts.tensors,
-        found.base_digest,
-        found.task,
-        found.pad_id,
-        engine,
-        forward,
-        settings,
-        moments,
+    model = TextGradients(
+        engine, forward, found.base_digest, found.task, found.pad_id, settings.micro_batch
     )
+    return EdgeTrainer(artifacts.tensors, model, settings, moments)
 
 
 def make_losses(

@@ -41,3 +41,8 @@ class EdgeTokenizer:
         if self._end_id is not None:
             rows = ended(rows, self._end_id, self._max_length or _NO_LIMIT)
         return TokenizedTexts.of(rows, examples.labels)
+
+    def word(self, token: int) -> str:
+        """What a token stands for."""
+        found: str = self._tokenizer.decode([token])
+        return found

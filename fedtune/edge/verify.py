@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.edge import artifacts as files
 from fedtune.edge.artifacts import EdgeArtifacts, Precision
+from fedtune.edge.checks import Check, difference
 from fedtune.edge.devices import Runtime, check_files, open_engine
 from fedtune.edge.engines import Engine, gradient_name
 from fedtune.edge.optimizer import Moments, make_optimizer
 from fedtune.edge.reference import LEARNING_RATES, MARKS, WEIGHT_DECAY, batch_of
 from fedtune.edge.runtime import TRAINING_VERSION, import_runtime
-from fedtune.edge.trainer import ForwardModel
+from fedtune.edge.texts import ForwardModel
+from fedtune.edge.verify_nano import verify_nano
 from fedtune.types import Task
 
 # Largest difference of one value, as a share of the largest one where that is above 1. AdamW
@@ -25,20 +26,6 @@ from fedtune.types import Task
 LIMITS = {"logits": 1e-5, "loss": 1e-5, "gradient": 1e-5, "sgd": 1e-5, "adamw": 2e-4}
 # Rounded weights are another model. Its gradient must still point the same way.
 INT8_LIMITS = {"loss": 0.1, "text-classification": 0.35, "causal-lm": 0.5}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison: how far off, how far it may be."""
-
-    what: str
-    found: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is near enough; NaN is not."""
-        return self.found <= self.limit
 
 
 def verify(artifacts: EdgeArtifacts, threads: int = 1) -> Iterator[Check]:
@@ -51,8 +38,19 @@ def verify(artifacts: EdgeArtifacts, threads: int = 1) -> Iterator[Check]:
     for name in artifacts.manifest.files:
         artifacts.path(name)
     yield Check(f"SHA-256 of {len(artifacts.manifest.files)} files", 0, 0)
+    if artifacts.manifest.cut is None:
+        yield from _texts(artifacts, runtime.__version__, threads)
+    else:
+        yield from verify_nano(artifacts, threads)
+    for name in artifacts.manifest.files:
+        files.check_file(artifacts.folder / name, artifacts.manifest.files[name])
+    yield Check("SHA-256 of all files after training", 0, 0)
+
+
+def _texts(artifacts: EdgeArtifacts, version: str, threads: int) -> Iterator[Check]:
+    """All runtimes that this build has, in all precisions."""
     runtimes: list[Runtime] = ["stepgraph"]
-    if runtime.__version__ == TRAINING_VERSION:
+    if version == TRAINING_VERSION:
         runtimes.insert(0, "ort")
     reference = artifacts.reference()
     for precision in get_args(Precision):
@@ -63,9 +61,6 @@ def verify(artifacts: EdgeArtifacts, threads: int = 1) -> Iterator[Check]:
             engine = open_engine(kind, folder, artifacts.tensors, threads, dropout=False)
             task = artifacts.manifest.task
             yield from _training(f"{kind} {precision}", engine, task, precision, reference)
-    for name in artifacts.manifest.files:
-        files.check_file(artifacts.folder / name, artifacts.manifest.files[name])
-    yield Check("SHA-256 of all files after training", 0, 0)
 
 
 def _names(artifacts: EdgeArtifacts, kind: Runtime, precision: Precision) -> Iterator[Check]:
@@ -91,11 +86,7 @@ def _forward(
     graph = artifacts.path(f"{precision}/{files.FORWARD}")
     model = ForwardModel(graph, artifacts.tensors, threads)
     found = model.logits(reference["start"], batch_of(reference, 0))
-    yield Check(f"{precision}: logits", _off(found, reference["logits"]), LIMITS["logits"])
-
-
-def _off(found: NDArray[Any], expected: NDArray[np.float32]) -> float:
-    return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
+    yield Check(f"{precision}: logits", difference(found, reference["logits"]), LIMITS["logits"])
 
 
 def _training(
@@ -107,14 +98,14 @@ def _training(
 ) -> Iterator[Check]:
     start = reference["start"]
     loss, gradient = engine.gradient(start, batch_of(reference, 0))
-    expected, off_loss = reference["gradient"], _off(np.array([loss]), reference["loss"])
+    expected, off_loss = reference["gradient"], difference(np.array([loss]), reference["loss"])
     if precision == "int8":
         off = float(np.linalg.norm(gradient - expected) / np.linalg.norm(expected))
         yield Check(f"{what}: loss", off_loss, INT8_LIMITS["loss"])
         yield Check(f"{what}: gradient, relative", off, INT8_LIMITS[task])
         return
     yield Check(f"{what}: loss", off_loss, LIMITS["loss"])
-    yield Check(f"{what}: gradient", _off(gradient, expected), LIMITS["gradient"])
+    yield Check(f"{what}: gradient", difference(gradient, expected), LIMITS["gradient"])
     batches = sum(1 for name in reference if name.startswith("ids-"))
     for name, lr in LEARNING_RATES[task].items():
         trained = start.copy()
@@ -124,5 +115,5 @@ def _training(
             _, gradient = engine.gradient(trained, batch_of(reference, (step - 1) % batches))
             optimizer.step(trained, gradient, lr)
             if step in MARKS:
-                off = _off(trained, reference[f"{name}-{step}"])
+                off = difference(trained, reference[f"{name}-{step}"])
                 yield Check(f"{what}: {name}, {step} steps", off, LIMITS[name])

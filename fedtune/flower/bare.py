@@ -1,4 +1,4 @@
-"""Flower on a device, where gRPC and PyCryptodome are not installed.
+"""Flower on a device, where PyCryptodome is not installed, and gRPC only for a base model far away.
 
 A site speaks to Flower's SuperLink over HTTP and masks by itself: it uses neither. But Flower's
 `__init__` imports all of Flower, and `flwr.common` a limit of gRPC. Both packages together are
@@ -15,8 +15,8 @@ _LARGEST_MESSAGE = 2**31 - 1  # GRPC_MAX_MESSAGE_LENGTH in flwr/supercore/grpc.p
 
 
 def use_without_grpc() -> None:
-    """Make `flwr.app` and what a site needs of Flower importable; nothing if gRPC is installed."""
-    if importlib.util.find_spec("grpc") is not None or "flwr" in sys.modules:
+    """Make `flwr.app` and what a site needs of Flower importable; nothing if all is installed."""
+    if all(map(importlib.util.find_spec, ("grpc", "Crypto"))) or "flwr" in sys.modules:
         return
     flower = importlib.util.find_spec("flwr")
     if flower is None or flower.submodule_search_locations is None:

@@ -19,7 +19,7 @@ from fedtune.base.layers import (
 from fedtune.cache import cache_folder
 from fedtune.config import Config
 from fedtune.errors import BaseModelError, ConfigError
-from fedtune.train.questions import PROMPT
+from fedtune.train.question_rows import PROMPT
 from fedtune.types import digest_of
 
 _FORMAT = 1  # part of the cache's name: raise it with every change of how one is made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from fedtune.base.connector import (
     save_connector,
 )
 from fedtune.base.emulator import Emulator
+from fedtune.base.images import Features
 from fedtune.base.kit import Table
-from fedtune.base.vision import Features, VisionEncoder
+from fedtune.base.vision import VisionEncoder
 from fedtune.cache import cache_folder
 from fedtune.config import Config
 from fedtune.data.questions import Captions, QuestionExamples
@@ -33,7 +35,9 @@ from fedtune.simulation.emulation import find_emulator
 from fedtune.train.channel import Meter, in_process_channel
 from fedtune.train.cut import AcrossCut, Behind, InProcessBase, WholeModel
 from fedtune.train.protection import protected
-from fedtune.train.questions import EncodedQuestions, QuestionAnswering, encode_questions
+from fedtune.train.question_rows import EncodedQuestions, encode_questions, no_embedding
+from fedtune.train.questions import QuestionAnswering
+from fedtune.train.task import tokenize
 from fedtune.types import digest_of
 
 _FORMAT = 1  # part of the cache's name: raise it with every change of the pretraining
@@ -70,14 +74,11 @@ class VisionClient:
         if examples.files not in self._features:
             self._features[examples.files] = self.encoder.features(examples.files)
         features = self._features[examples.files]
-        found = encode_questions(self.tokenizer, examples, features, self.max_length)
+        longest = self.max_length
+        tokenized = partial(tokenize, self.tokenizer, max_length=longest + 1)
+        found = encode_questions(tokenized, examples, features, longest)
         if isinstance(self._table, Table) and (lacking := self._table.lacking(found.texts.ids)):
-            word = self.tokenizer.decode(lacking[:1])
-            raise DataError(
-                f"the kit of the base model has no embedding for {word!r} and {len(lacking) - 1} "
-                "other tokens of these questions; ask the operator for one with a larger "
-                "vocabulary (fedtune nano kit --texts)"
-            )
+            raise no_embedding(self.tokenizer.decode(lacking[:1]), len(lacking))
         return found
 
     def digest(

@@ -20,7 +20,7 @@ from fedtune.secagg.keys import Identity, Roster
 from fedtune.split.connection import Broken, Connection, check_address
 from fedtune.train.activations import Encoding
 from fedtune.train.channel import Channel, Int64Array, Meter
-from fedtune.train.cut import Float32Array
+from fedtune.train.remote import Float32Array
 from fedtune.wire.split import (
     Answer,
     Kind,

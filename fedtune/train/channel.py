@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedtune.errors import MalformedMessage, TrainingError
 from fedtune.train.activations import Encoding, decode, encode
-from fedtune.train.cut import Float32Array, RemoteBase
+from fedtune.train.remote import Float32Array, RemoteBase
 
 LABEL_BYTES = 4  # of one on the wire
 Int64Array = NDArray[np.int64]

@@ -8,7 +8,7 @@ nothing of autograd (`AcrossCut`, placement `server`): gradients come back as ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,41 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedtune.base.answering import Answering
-
-Float32Array = NDArray[np.float32]
-Labels = Literal["server", "client"]
-
-
-class RemoteBase(Protocol):
-    """A frozen language model that is somewhere else, as arrays.
-
-    `embeddings` are float32 `[n, longest, width]`, filled up on the right; `lengths` int64 `[n]`;
-    `labels` int64 `[n]`, places in the list of answers. Raises `TrainingError` where the other
-    side does not answer or refuses.
-    """
-
-    def differentiate(
-        self, embeddings: Float32Array, lengths: NDArray[np.int64], labels: NDArray[np.int64]
-    ) -> tuple[Float32Array, Float32Array]:
-        """Each example's cross-entropy `[n]`, and its gradient by the example's embeddings.
-
-        The gradient has the shape of `embeddings`, zero where they do not count.
-        """
-
-    def scores(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
-        """Logits of the answers, `[n, answers]`."""
-
-    def pull_back(
-        self,
-        embeddings: Float32Array,
-        lengths: NDArray[np.int64],
-        upstream: Callable[[Float32Array], Float32Array],
-    ) -> Float32Array:
-        """The gradient by `embeddings` of what `upstream` says of the logits.
-
-        `upstream` takes the logits and gives the loss's gradient by them, both `[n, answers]`: the
-        answers stay with who asks. Where the other side has to be asked again it is called again.
-        """
+from fedtune.train.remote import Float32Array, Labels, RemoteBase, differentiate
 
 
 class InProcessBase:
@@ -135,7 +101,8 @@ class AcrossCut:
     ) -> tuple[float, Tensor]:
         """The mean loss and its gradient by `embeddings`, without a graph."""
         sent, counts = _array(embeddings), lengths.cpu().numpy()
-        loss, gradient = _differentiate(self._remote, self._labels, sent, counts, labels)
+        answers = labels.cpu().numpy()
+        loss, gradient = differentiate(self._remote, self._labels, sent, counts, answers)
         return loss, torch.from_numpy(gradient).to(embeddings.device) / len(gradient)
 
     def scores(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
@@ -158,7 +125,8 @@ class _CutLoss(torch.autograd.Function):
     ) -> Tensor:
         sent, counts = _array(embeddings), lengths.cpu().numpy()
         if ctx.needs_input_grad[0]:
-            loss, ctx.gradient = _differentiate(remote, where, sent, counts, labels)
+            answers = labels.cpu().numpy()
+            loss, ctx.gradient = differentiate(remote, where, sent, counts, answers)
         else:
             logits = torch.from_numpy(remote.scores(sent, counts))
             loss = float(functional.cross_entropy(logits, labels.cpu()))
@@ -169,32 +137,6 @@ class _CutLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient = torch.from_numpy(ctx.gradient).to(ctx.device) * (upstream / len(ctx.gradient))
         return gradient, None, None, None, None
-
-
-def _differentiate(
-    remote: RemoteBase,
-    where: Labels,
-    sent: Float32Array,
-    lengths: NDArray[np.int64],
-    labels: Tensor,
-) -> tuple[float, Float32Array]:
-    """The mean loss, and the gradient of the sum of losses at the cut."""
-    if where == "server":
-        losses, gradient = remote.differentiate(sent, lengths, labels.cpu().numpy())
-        return float(losses.mean()), gradient
-    found: list[float] = []
-
-    def upstream(scores: Float32Array) -> Float32Array:
-        with torch.enable_grad():
-            logits = torch.tensor(scores, requires_grad=True)
-            loss = functional.cross_entropy(logits, labels.cpu(), reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, logits)
-        found.append(float(loss.detach()) / len(scores))
-        return gradient.numpy()
-
-    gradient = remote.pull_back(sent, lengths, upstream)
-    # Of several tries the last one counts.
-    return found[-1], gradient
 
 
 def _array(embeddings: Tensor) -> Float32Array:

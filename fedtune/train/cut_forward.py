@@ -22,7 +22,8 @@ from fedtune.config import Config
 from fedtune.train.cut import AcrossCut
 from fedtune.train.directions import Directions
 from fedtune.train.forward_only import ForwardOnlyTrainer, FrozenModel, SlopeTrainer
-from fedtune.train.questions import EncodedQuestions, QuestionAnswering
+from fedtune.train.question_rows import EncodedQuestions
+from fedtune.train.questions import QuestionAnswering
 from fedtune.train.task import Task
 from fedtune.train.torch_trainer import TorchTrainer
 from fedtune.train.trainer import Dataset, Evaluation

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedtune.config import Split
 from fedtune.privacy.metric import MetricPrivacy, clip_scale
 from fedtune.privacy.randomness import SecureRandom
-from fedtune.train.cut import Float32Array, RemoteBase
+from fedtune.train.remote import Float32Array, RemoteBase
 
 
 class Protected:

@@ -1,10 +1,6 @@
-"""Questions about images as rows to train on, and the task of answering them."""
+"""The task of answering questions about images."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,84 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedtune.adapter.nano import Prompt
-from fedtune.base.vision import Features
-from fedtune.data.questions import NO_IMAGE, QuestionExamples
-from fedtune.errors import DataError
 from fedtune.train.cut import Behind
-from fedtune.train.task import Outputs, tokenize
-from fedtune.train.texts import TokenizedTexts, padded
-
-# The answer is the token that follows; without a space at its end, since tokens begin with one.
-PROMPT = " {question} Answer:"
-
-
-@dataclass(frozen=True)
-class EncodedQuestions:
-    """Token ids, labels, and each question's place in `features` (float16 `[images, width]`).
-
-    The features are shared by all who select from one set, and by forked workers.
-    """
-
-    texts: TokenizedTexts
-    images: NDArray[np.int64]
-    features: Features
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each question, int64 `[n]`."""
-        return self.texts.lengths
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Places in the list of answers, int64 `[n]`."""
-        return self.texts.labels
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def select(self, rows: NDArray[np.int64]) -> EncodedQuestions:
-        """The questions of these rows."""
-        return EncodedQuestions(self.texts.select(rows), self.images[rows], self.features)
-
-    def concatenate(self, others: Sequence[EncodedQuestions]) -> EncodedQuestions:
-        """These questions and then those of `others`."""
-        parts = [self, *others]
-        features, images, start = [], [], 0
-        if all(part.features is self.features for part in parts):
-            features, images = [self.features], [part.images for part in parts]
-        else:
-            for part in parts:
-                features.append(part.features)
-                images.append(np.where(part.images == NO_IMAGE, NO_IMAGE, part.images + start))
-                start += len(part.features)
-        return EncodedQuestions(
-            self.texts.concatenate([part.texts for part in others]),
-            np.concatenate(images),
-            features[0] if len(features) == 1 else np.concatenate(features),
-        )
-
-
-def encode_questions(
-    tokenizer: Any, examples: QuestionExamples, features: Features, max_length: int
-) -> EncodedQuestions:
-    """Tokenize once what is trained on every round; `features` has a row for each of its files.
-
-    Raises `DataError` for a question that is longer than `max_length` tokens: cut, it would be
-    another question.
-    """
-    from fedtune.data import TextExamples
-
-    texts = tuple(PROMPT.format(question=question) for question in examples.questions)
-    found = tokenize(tokenizer, TextExamples(texts, examples.labels), max_length + 1)
-    if len(found) and found.lengths.max() > max_length:
-        row = int(found.lengths.argmax())
-        raise DataError(
-            f"the question {examples.questions[row]!r} has more than base.max-length = "
-            f"{max_length} tokens"
-        )
-    if not len(features):  # rows without an image name one too, which then does not count
-        features = np.zeros((1, features.shape[1]), features.dtype)
-    return EncodedQuestions(found, examples.images, features)
+from fedtune.train.question_rows import EncodedQuestions
+from fedtune.train.task import Outputs
+from fedtune.train.texts import padded
 
 
 class QuestionAnswering:
@@ -109,9 +31,7 @@ class QuestionAnswering:
         ids, mask, labels = (
             torch.from_numpy(array).to(device) for array in padded(data.texts, rows, self.pad_id)
         )
-        images = data.images[rows]
-        features = torch.from_numpy(data.features[images].astype(np.float32)).to(device)
-        pictured = torch.from_numpy(images != NO_IMAGE).to(device)
+        features, pictured = (torch.from_numpy(array).to(device) for array in data.pictures(rows))
         return Prompt(features, pictured, ids, mask), labels
 
     def loss(self, module: nn.Module, batch: tuple[Prompt, Tensor]) -> Tensor:

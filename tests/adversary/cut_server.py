@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.train.cut import Float32Array
+from fedtune.train.remote import Float32Array
 
 
 class WatchingServer:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedtune.base.resolve import gguf_file, resolve_base
-from fedtune.train.questions import PROMPT
+from fedtune.train.question_rows import PROMPT
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -31,7 +31,7 @@ class TokenTable:
         return self.rows.shape[1]
 
     def ids(self, question: str) -> list[int]:
-        """The tokens of a question as `train.questions` asks it."""
+        """The tokens of a question as `train.question_rows` asks it."""
         return list(self.tokenizer.encode(PROMPT.format(question=question)).ids)
 
     def word(self, word: str) -> int:

@@ -11,8 +11,9 @@ from adversary.label_inference import likeliest_label, negative_entry, softmax
 from fedtune.config import Split
 from fedtune.train.activations import ENCODINGS
 from fedtune.train.channel import Meter, in_process_channel
-from fedtune.train.cut import AcrossCut, Labels
+from fedtune.train.cut import AcrossCut
 from fedtune.train.protection import protected
+from fedtune.train.remote import Labels
 
 WIDTH, ANSWERS, N = 32, 13, 200
 

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,12 @@ class Federation:
     def set_site(self, name: str, **values: Any) -> None:
         """Write keys of a site's `[site]`."""
         self._set(name, "site", values)
+
+    def let_sites_ask(self, port: int) -> None:
+        """Tell all sites where the base model is, and that embeddings may go there."""
+        for name in self.sites:
+            self.set_site(name, base_server=f"127.0.0.1:{port}")
+            self.set_policy(name, max_token_epsilon=inf)
 
     def _set(self, name: str, table: str, values: Mapping[str, Any]) -> None:
         file = self.site(name) / "client.toml"

@@ -23,7 +23,8 @@ from fedtune.config import Limits
 from fedtune.split.server import terms_of
 from fedtune.train.activations import ENCODINGS, Encoding
 from fedtune.train.channel import Channel, InProcessCarrier, Meter
-from fedtune.train.cut import AcrossCut, InProcessBase, Labels, WholeModel
+from fedtune.train.cut import AcrossCut, InProcessBase, WholeModel
+from fedtune.train.remote import Labels
 
 CLIENTS = tuple(f"clinic-{place}" for place in range(4))
 

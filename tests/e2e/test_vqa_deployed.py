@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +87,7 @@ def make(
         [digest] = re.findall(r'kit-digest = "(\w+)"', command.stdout)
         for name in SITES:
             federation.set_machine(name, kit=str(folder / "kit"), kit_digest=digest)
-            federation.set_site(name, base_server=f"127.0.0.1:{port}")
-            federation.set_policy(name, max_token_epsilon=inf)
+        federation.let_sites_ask(port)
         return federation
 
     yield make

@@ -182,6 +182,36 @@ def test_a_process_of_a_site_starts(run: Run, modules: str, has_flower: bool) ->
     assert (result.stdout.strip(), result.stderr) == (str(has_flower), "")
 
 
+def test_a_device_with_nano_adapters_has_grpc_and_pillow_besides(
+    edge_nano_python: Path, child_environment: dict[str, str]
+) -> None:
+    more = pins(requirements("edge-nano"))
+    constraints = pins(ROOT / "constraints.txt")
+    assert {package: constraints.get(package) for package in more} == more
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["edge-nano"]
+    assert {canonical(Requirement(text).name) for text in extra} == set(more)
+    folder = site_packages(edge_nano_python)
+    found = metadata.distributions(path=[str(folder)])
+    installed = {canonical(one.name): one.version for one in found}
+    del installed["fedtune"]
+    assert installed == pins(requirements("edge-plain")) | more
+    # Nothing else comes with them, and both processes of a site start, the one that talks to the
+    # network without what of Flower would need PyCryptodome.
+    for modules, has_flower in (
+        ("fedtune.deploy.client", True),
+        ("fedtune.deploy.training, fedtune.deploy.machine, fedtune.deploy.edge_vision_site", False),
+    ):
+        result = subprocess.run(
+            [edge_nano_python, "-c", f"import sys, {modules}\nprint('flwr' in sys.modules)"],
+            env={**child_environment, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (result.stdout.strip(), result.stderr) == (str(has_flower), "")
+
+
 def test_a_device_computes_what_pytorch_did(run: Run, artifacts: Path) -> None:
     result = run("-m", "fedtune.cli", "edge", "verify", artifacts, "--json")
     assert (result.returncode, result.stderr) == (0, "")

@@ -29,6 +29,8 @@ from fedtune.errors import ConfigError
 CORRECT = "correct the file; docs/configuration.md has every key"
 # Of those that fedtune itself asks for, what only a server imports.
 SERVERS = ("starlette", "uvicorn")
+# Extras that a site without PyTorch does without.
+WORKSTATIONS = {"torch", "example", "vqa", "split"}
 
 
 def examine_site(examination: Examination, path: Path, measured: bool) -> None:
@@ -44,8 +46,10 @@ def examine_site(examination: Examination, path: Path, measured: bool) -> None:
     runtime = files.config.machine.runtime
     extras = extras_for(config, data)
     if runtime != "torch":
-        extra = edge_extra(files.step == "ort", installed_builds())
-        examine_packages(examination, extras - {"torch", "example"} | {extra}, SERVERS)
+        more = {edge_extra(files.step == "ort", installed_builds())}
+        if config.base.task == "visual-question-answering":
+            more.add("edge-nano")
+        examine_packages(examination, extras - WORKSTATIONS | more, SERVERS)
         examine_runtime(examination, files)
     else:
         # What would bring the base model is not needed where it comes from the server.

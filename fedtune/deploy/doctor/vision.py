@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +13,7 @@ import numpy as np
 from fedtune.config import Config
 from fedtune.data.question_files import read_questions
 from fedtune.data.questions import QuestionExamples
+from fedtune.deploy.doctor.edge import TRAINING
 from fedtune.deploy.doctor.findings import FIRST, Examination, Verdict
 from fedtune.deploy.doctor.machine import Needs
 from fedtune.deploy.doctor.network import Address
@@ -19,9 +21,11 @@ from fedtune.deploy.doctor.pytorch import absent
 from fedtune.deploy.doctor.rounds import examine_policy, examine_traffic
 from fedtune.deploy.keys import Members
 from fedtune.deploy.site_files import SiteFiles
+from fedtune.deploy.site_training import IN_FRONT_OF_A_CUT
 from fedtune.errors import BaseModelError, ConfigError, DataError
 from fedtune.report import words
 
+WITHOUT_TORCH = (*TRAINING, *IN_FRONT_OF_A_CUT)
 _SECONDS = 5.0
 
 
@@ -32,7 +36,9 @@ def examine_vision(
     config = files.federation
     examination.begin("base model")
     found = None
-    if lacking := absent():
+    if files.config.machine.runtime != "torch":
+        found = _examine_artifacts(examination, files)
+    elif lacking := absent():
         examination.skip("kit", f"not installed: {', '.join(lacking)}", FIRST)
     elif files.has_kit:
         found = examination.run("kit", lambda: _kit(files))
@@ -108,6 +114,29 @@ def _kit(files: SiteFiles) -> Verdict[tuple[int, str]]:
         advice = "set machine.kit-digest, told to you on another way than the files came"
         return Verdict("warning", text, advice, {"adapter_parameters": size}, (size, digest))
     return Verdict("ok", text, numbers={"adapter_parameters": size}, value=(size, digest))
+
+
+def _examine_artifacts(examination: Examination, files: SiteFiles) -> tuple[int, str] | None:
+    if lacking := [name for name in WITHOUT_TORCH if importlib.util.find_spec(name) is None]:
+        examination.skip("artifacts", f"not installed: {', '.join(lacking)}", FIRST)
+        return None
+    return examination.run("artifacts", lambda: _artifacts(files))
+
+
+def _artifacts(files: SiteFiles) -> Verdict[tuple[int, str]]:
+    """Size of the adapter, and the digest of all that is frozen, of a site without PyTorch."""
+    from fedtune.deploy.edge_vision_site import open_nano_artifacts
+
+    artifacts = open_nano_artifacts(files)
+    for name in artifacts.manifest.files:
+        artifacts.path(name)
+    size = artifacts.tensors.size
+    found = size, artifacts.cut.digest(artifacts.manifest.base_digest)
+    text = f"{artifacts.folder}, digest {artifacts.digest}; an adapter of {size:,}"
+    if files.config.machine.artifacts_digest is None:
+        advice = "set machine.artifacts-digest, told to you on another way than the files came"
+        return Verdict("warning", text, advice, {"adapter_parameters": size}, found)
+    return Verdict("ok", text, numbers={"adapter_parameters": size}, value=found)
 
 
 def _server(where: str) -> Verdict[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import get_args
@@ -31,6 +31,7 @@ from fedtune.edge.engines import gradient_name
 from fedtune.edge.runtime import installed_builds
 from fedtune.errors import ArtifactError, BaseModelError
 from fedtune.files import sync_folder, write_atomic
+from fedtune.types import Manifest
 
 Say = Callable[[str], None]
 LABELS = "labels"
@@ -39,10 +40,17 @@ _BUILT_WITH = ("fedtune", "torch", "transformers", "peft", "onnx", "onnxscript")
 
 
 def build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifest:
-    """Write the artifacts to `out`, a new folder, which is there whole or not at all.
+    """Write the artifacts to `out`, as `write_folder` does.
 
-    Raises `ArtifactError` if the folder is there, `BaseModelError` if the model cannot be
-    exported.
+    Raises `ArtifactError`, or `BaseModelError` if the model cannot be exported.
+    """
+    return write_folder(out, lambda folder: _build(config, model, folder, say))
+
+
+def write_folder(out: Path, write: Callable[[Path], EdgeManifest]) -> EdgeManifest:
+    """What `write` puts into a folder, as the new folder `out`: there whole or not at all.
+
+    Raises `ArtifactError` if the folder is there.
     """
     if out.exists():
         raise ArtifactError(f"{out}: is there already; name a new folder, or remove it first")
@@ -50,7 +58,7 @@ def build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifest
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        manifest = _build(config, model, part, say)
+        manifest = write(part)
         write_atomic(part / files.MANIFEST, manifest.model_dump_json(indent=1).encode())
         part.replace(out)
         sync_folder(out.parent)
@@ -88,7 +96,7 @@ def _build(config: Config, model: EdgeModel, out: Path, say: Say) -> EdgeManifes
         (folder / files.CHECKPOINT).write_bytes(checkpoint)
         finished = _finish(graphs, precision, set(tensors))
         for name, graph in write_graphs(finished, folder):
-            entries[f"{precision}/{name}"] = _describe(graph)
+            entries[f"{precision}/{name}"] = describe(graph)
     model.base.tokenizer.backend_tokenizer.save(str(out / files.TOKENIZER))
     (out / files.INITIAL).write_bytes(save(tensors))
     say("computing what PyTorch makes of it")
@@ -103,38 +111,46 @@ def _finish(
 ) -> Iterator[tuple[str, onnx.ModelProto]]:
     """The graphs in a precision, one after the other: each holds all weights."""
     for name, whole in graphs.items():
-        graph = _copy(whole)
+        graph = copy_of(whole)
         if precision == "int8":
             quantize(graph, adapter)
         order(graph, LABELS)
-        _strip(graph)
+        strip(graph)
         yield name, graph
 
 
 def make_step(forward: onnx.ModelProto, adapter: list[str]) -> onnx.ModelProto:
     """The step graph of a forward graph: `loss`, and the gradient by each adapter tensor."""
-    model = _copy(forward)
+    model = copy_of(forward)
     model.graph.input.append(helper.make_tensor_value_info(LABELS, TensorProto.INT64, [LABELLED]))
     graph = Graph(model)
     loss, slope = add_cross_entropy(graph, "logits", LABELS)
-    gradients = add_gradients(graph, "logits", slope, adapter)
     del model.graph.output[:]
     graph.publish(loss, TensorProto.FLOAT, ())
+    publish_gradients(graph, {"logits": slope}, adapter)
+    return model
+
+
+def publish_gradients(graph: Graph, slopes: Mapping[str, str], adapter: Sequence[str]) -> None:
+    """Make the gradients by these tensors outputs, and take out what no output needs.
+
+    `slopes` has the gradient by each of the model's own outputs.
+    """
+    gradients = add_gradients(graph, slopes, adapter)
     for name in adapter:
         shape = graph.shape(name)
         output = graph.add("Identity", [gradients[name]], shape, output=gradient_name(name))
         graph.publish(output, TensorProto.FLOAT, shape)
     graph.prune()
-    return model
 
 
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     return copy
 
 
-def _strip(model: onnx.ModelProto) -> None:
+def strip(model: onnx.ModelProto) -> None:
     """Take out what the exporter tells of itself and of the files of this machine."""
     del model.graph.value_info[:], model.metadata_props[:]
     model.doc_string = model.graph.doc_string = ""
@@ -148,7 +164,7 @@ def _strip(model: onnx.ModelProto) -> None:
         tensor.doc_string = ""
 
 
-def _describe(model: onnx.ModelProto) -> GraphEntry:
+def describe(model: onnx.ModelProto) -> GraphEntry:
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     return GraphEntry(
         opset=opsets.get("", opsets.get("ai.onnx", 0)),
@@ -183,27 +199,39 @@ def _manifest(
     graphs: Mapping[str, GraphEntry],
     memory: Mapping[str, Memory],
 ) -> EdgeManifest:
-    listed = {
-        path.relative_to(out).as_posix(): FileEntry(size=path.stat().st_size, sha256=_sha256(path))
-        for path in sorted(out.rglob("*"))
-        if path.is_file()
-    }
     return EdgeManifest(
         format=1,
         base_digest=model.base.digest,
         seed=config.seed,
         agreed=files.agreed_digest(config),
-        adapter=tuple(
-            files.Tensor(name=t.name, shape=t.shape) for t in model.adapter.manifest.tensors
-        ),
+        adapter=list_tensors(model.adapter.manifest),
         task=model.task,
         outputs=_outputs(config, model),
         max_length=model.max_length,
         pad_id=model.pad_id,
         end_id=model.base.end_id if isinstance(model.base, CausalBase) else None,
         dropout=config.adapter.dropout,
-        built_with={name: metadata.version(name) for name in _BUILT_WITH} | installed_builds(),
+        built_with=built_with(),
         graphs=dict(graphs),
         memory=dict(memory),
-        files=listed,
+        files=list_files(out),
     )
+
+
+def built_with() -> dict[str, str]:
+    """The versions of what takes part."""
+    return {name: metadata.version(name) for name in _BUILT_WITH} | installed_builds()
+
+
+def list_tensors(manifest: Manifest) -> tuple[files.Tensor, ...]:
+    """An adapter's tensors, as the artifacts' manifest has them."""
+    return tuple(files.Tensor(name=tensor.name, shape=tensor.shape) for tensor in manifest.tensors)
+
+
+def list_files(out: Path) -> dict[str, FileEntry]:
+    """All that was written, as the manifest has it."""
+    return {
+        path.relative_to(out).as_posix(): FileEntry(size=path.stat().st_size, sha256=_sha256(path))
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import onnx
 import torch
@@ -71,31 +72,55 @@ def export_forward(adapter: AttachedAdapter, task: Task, training: bool) -> onnx
     tokens = torch.export.Dim(TOKENS, min=1, max=LONGEST)
     dynamic = {0: batch, 1: tokens}
     try:
-        with _eager_attention(adapter.module), _quiet():
-            program = torch.onnx.export(
+        with _eager_attention(adapter.module):
+            model = export(
                 _AdapterAsInputs(adapter, task),
                 (ids, torch.ones_like(ids), tensors),
+                [*INPUTS, *names],
+                ["logits"],
+                (dynamic, dynamic, [None] * len(names)),
+            )
+    finally:
+        adapter.module.eval()
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = LABELLED
+    if task == "causal-lm":
+        use_as_it_lies(model)
+    return model
+
+
+def export(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    names: Sequence[str],
+    outputs: Sequence[str],
+    dynamic: tuple[Any, ...],
+) -> onnx.ModelProto:
+    """The graph of a module; `dynamic` has the dimensions that vary, for each of `inputs`.
+
+    Raises `BaseModelError` if torch cannot export it.
+    """
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                inputs,
                 dynamo=True,
                 opset_version=OPSET,
                 verbose=False,
-                input_names=[*INPUTS, *names],
-                output_names=["logits"],
-                dynamic_shapes=(dynamic, dynamic, [None] * len(names)),
+                input_names=names,
+                output_names=outputs,
+                dynamic_shapes=dynamic,
             )
     except Exception as error:  # the exporter has dozens of its own kinds
         raise BaseModelError(
             f"the base model cannot be exported to ONNX: {type(error).__name__}: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
-    finally:
-        adapter.module.eval()
     if program is None:
         raise BaseModelError("the base model cannot be exported to ONNX")
     model: onnx.ModelProto = program.model_proto
     model.ir_version = IR_VERSION
-    _name_dimensions(model)
-    if task == "causal-lm":
-        use_as_it_lies(model)
+    _name_dimensions(model, dynamic)
     return model
 
 
@@ -127,13 +152,15 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _name_dimensions(model: onnx.ModelProto) -> None:
+def _name_dimensions(model: onnx.ModelProto, dynamic: tuple[Any, ...]) -> None:
     """The exporter numbers the dimensions that vary; here they get their names back."""
-    numbered = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
-    names = dict(zip(numbered, (BATCH, TOKENS), strict=True))
     graph = model.graph
+    names: dict[str, str] = {}
+    for value, dims in zip(graph.input, dynamic, strict=False):
+        if isinstance(dims, dict):
+            shape = value.type.tensor_type.shape
+            names |= {shape.dim[place].dim_param: dim.__name__ for place, dim in dims.items()}
     for value in (*graph.input, *graph.value_info, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
                 dim.dim_param = names.get(dim.dim_param, dim.dim_param)
-    graph.output[0].type.tensor_type.shape.dim[0].dim_param = LABELLED

@@ -8,7 +8,7 @@ a rule here that says what its inputs' gradients are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,18 +53,19 @@ def add_cross_entropy(graph: Graph, logits: str, labels: str) -> tuple[str, str]
 
 
 def add_gradients(
-    graph: Graph, output: str, gradient: str, parameters: Sequence[str]
+    graph: Graph, slopes: Mapping[str, str], parameters: Sequence[str]
 ) -> dict[str, str]:
-    """Append what computes the gradients by `parameters`, given that by `output`; their names.
+    """Append what computes the gradients by `parameters`; their names.
 
-    Raises `ValueError` for an operator without a rule between them.
+    `slopes` has the gradient by each output. Raises `ValueError` for an operator without a rule
+    between them.
     """
     nodes = list(graph.model.graph.node)
     wanted = set(parameters)  # depends on a parameter, or is one
     for node in nodes:
         if wanted.intersection(node.input):
             wanted.update(node.output)
-    parts: dict[str, list[str]] = {output: [gradient]}
+    parts = {output: [slope] for output, slope in slopes.items()}
     for node in reversed(nodes):
         found = parts.pop(node.output[0], None) if node.output else None
         if found is None or not wanted.intersection(node.input):

@@ -14,7 +14,7 @@ import numpy as np
 from fedtune.edge.artifacts import FORWARD, Memory, Precision
 from fedtune.edge.devices import Step, open_engine
 from fedtune.edge.runtime import import_build
-from fedtune.edge.trainer import ForwardModel
+from fedtune.edge.texts import ForwardModel
 from fedtune.errors import ArtifactError
 from fedtune.resources import forget_peak_memory, peak_memory, resident_memory
 from fedtune.train.texts import Batch

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from fedtune.base import images as image_files
 from fedtune.base import vision
 from fedtune.base.vision import VisionEncoder
 from fedtune.data.easy_vqa import public_captions
@@ -73,7 +74,7 @@ def test_too_many_pixels_are_refused_before_they_are_unpacked(
 ) -> None:
     file = tmp_path / "large.png"
     Image.new("1", (300, 300)).save(file)
-    monkeypatch.setattr(vision, "_MOST_PIXELS", 299 * 300)
+    monkeypatch.setattr(image_files, "_MOST_PIXELS", 299 * 300)
     with pytest.raises(DataError, match="300 × 300 pixels are too many"):
         VisionEncoder().features([file])
 

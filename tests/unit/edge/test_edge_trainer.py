@@ -15,6 +15,7 @@ from fedtune.deploy.edge_site import MomentFile
 from fedtune.edge.artifacts import EdgeArtifacts, Precision
 from fedtune.edge.devices import Runtime, make_trainer
 from fedtune.edge.engines import Engine
+from fedtune.edge.texts import TextGradients
 from fedtune.edge.tokens import EdgeTokenizer
 from fedtune.edge.trainer import EdgeSettings, EdgeTrainer
 from fedtune.errors import ConfigError, TrainingError
@@ -126,7 +127,9 @@ def test_batches_may_have_any_size(tiny: Built, runtime: Runtime, batch: int, to
 
 
 def _engine(trainer: EdgeTrainer) -> Engine:
-    return trainer._engine
+    model = trainer._model
+    assert isinstance(model, TextGradients)
+    return model._engine
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

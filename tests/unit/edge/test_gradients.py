@@ -197,7 +197,7 @@ def test_gradient_is_that_of_torch(name: str):
     graph = _with_seed(text)
     inputs = _values(graph, 1)
     del inputs["seed"]
-    found = add_gradients(graph, "y", "seed", list(inputs))
+    found = add_gradients(graph, {"y": "seed"}, list(inputs))
     for variable, gradient in found.items():
         graph.publish(gradient, TensorProto.FLOAT, graph.shape(variable))
     graph.prune()
@@ -238,7 +238,7 @@ def test_what_dropout_let_through_has_its_scale_and_the_rest_no_gradient():
     )
     graph = _with_seed(text)
     x = np.ones((40, 50), np.float32)
-    gradient = add_gradients(graph, "y", "seed", ["x"])["x"]
+    gradient = add_gradients(graph, {"y": "seed"}, ["x"])["x"]
     graph.publish(gradient, TensorProto.FLOAT, ("b", 50))
     inputs = {"x": x, "p": np.full(50, 2, np.float32), "seed": x}
     y, found = _run(graph, ["y", gradient], inputs)
@@ -263,7 +263,7 @@ def test_what_has_no_gradient_is_said(text: str, message: str):
     graph = Graph(parser.parse_model(HEAD + text))
     names = [value.name for value in graph.model.graph.input]
     with pytest.raises(ValueError, match=message):
-        add_gradients(graph, "y", "y", names)
+        add_gradients(graph, {"y": "y"}, names)
 
 
 def test_nodes_that_nothing_depends_on_are_taken_out():

@@ -18,10 +18,12 @@ from fedtune.base.connector import Connector
 from fedtune.config import parse_config
 from fedtune.errors import ConfigError
 from fedtune.train.channel import CutTraffic, Meter, in_process_channel
-from fedtune.train.cut import AcrossCut, InProcessBase, Labels, WholeModel
+from fedtune.train.cut import AcrossCut, InProcessBase, WholeModel
 from fedtune.train.cut_forward import CutForwardTrainer, TorchCutModel
 from fedtune.train.directions import Directions
-from fedtune.train.questions import EncodedQuestions, QuestionAnswering
+from fedtune.train.question_rows import EncodedQuestions
+from fedtune.train.questions import QuestionAnswering
+from fedtune.train.remote import Labels
 from fedtune.train.texts import TokenizedTexts
 from fedtune.train.torch_trainer import TorchSettings, TorchTrainer
 from fedtune.train.trainer import LocalPlan

@@ -15,8 +15,9 @@ from fedtune.config import Split, parse_config
 from fedtune.errors import ConfigError, TrainingError
 from fedtune.privacy.metric import MetricPrivacy
 from fedtune.train.channel import Meter, in_process_channel
-from fedtune.train.cut import AcrossCut, Float32Array
+from fedtune.train.cut import AcrossCut
 from fedtune.train.protection import Protected, protected
+from fedtune.train.remote import Float32Array
 
 WIDTH, ANSWERS = 48, 3
 SERVER = (
