@@ -1,7 +1,8 @@
 """What a client needs of a language model that it does not hold: a tokenizer and embeddings.
 
 An operator makes the kit once, a client gets it with the federation's files. It has the rows of
-the table of embeddings for a vocabulary, and the connector; not one weight of the decoder's layers.
+the table of embeddings for a vocabulary, and the connector; not one weight of the decoder's
+layers. For clients that make scores of states, also its output layer's rows for the answers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
+from fedtune.base.answering import Head
 from fedtune.base.causal import CausalBase
 from fedtune.base.loading import load_tokenizer
 from fedtune.errors import BaseModelError
@@ -27,7 +29,7 @@ from fedtune.files import write_atomic, write_json
 from fedtune.types import sha256_hex
 
 MANIFEST, EMBEDDINGS, CONNECTOR = "kit.json", "embeddings.safetensors", "connector.safetensors"
-TOKENIZER = "tokenizer"
+TOKENIZER, HEAD = "tokenizer", "head.safetensors"
 _LARGEST_FILE = 4 << 30
 
 
@@ -118,6 +120,24 @@ class ClientKit:
         except (OSError, SafetensorError, KeyError) as error:
             raise BaseModelError(f"{self.folder / EMBEDDINGS}: {error}") from error
 
+    def head(self, answers: int) -> Head:
+        """The output layer's rows for so many answers; raises `BaseModelError`."""
+        path = self.folder / HEAD
+        try:
+            found = load_file(path)
+            weight, scale = torch.from_numpy(found["weight"]), float(found["scale"][0])
+        except (OSError, SafetensorError, KeyError, IndexError) as error:
+            raise BaseModelError(
+                f"{path}: {error}; this federation needs a kit with rows of the output layer: the "
+                "operator makes one with its federation.toml"
+            ) from error
+        if weight.shape[0] != answers:
+            raise BaseModelError(
+                f"{path}: rows for {len(weight)} answers, data.labels has {answers}; ask the "
+                "operator for this federation's kit"
+            )
+        return Head(weight, scale)
+
     def _read(self, name: str) -> bytes:
         path = self.folder / name
         # A manifest that comes from elsewhere names no file outside of the kit.
@@ -129,7 +149,11 @@ class ClientKit:
 
 
 def write_kit(
-    folder: Path, base: CausalBase, connector: Path, vocabulary: Iterable[str] | None
+    folder: Path,
+    base: CausalBase,
+    connector: Path,
+    vocabulary: Iterable[str] | None,
+    head: Head | None = None,
 ) -> ClientKit:
     """Make the kit in the new folder; with `vocabulary`, only tokens of these texts get a row."""
     tokenizer = base.tokenizer
@@ -144,6 +168,9 @@ def write_kit(
         tokens = np.array(sorted({*ids, pad}), np.int64)
     rows = weight.detach()[torch.from_numpy(tokens)].float().numpy()
     write_atomic(fresh / EMBEDDINGS, save({"tokens": tokens.astype(np.int64), "weight": rows}))
+    if head is not None:
+        scale = np.array([head.scale], np.float64)
+        write_atomic(fresh / HEAD, save({"weight": head.weight.numpy(), "scale": scale}))
     shutil.copyfile(connector, fresh / CONNECTOR)
     tokenizer.save_pretrained(fresh / TOKENIZER)
     names = sorted(str(f.relative_to(fresh)) for f in fresh.rglob("*") if f.is_file())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedtune.base.answering import AnsweringDecoder
 from fedtune.base.causal import CausalBase
 from fedtune.base.connector import load_connector
 from fedtune.base.kit import write_kit
@@ -33,7 +34,8 @@ def kit(federation: Path, out: Path, texts: Path | None) -> int:
         cells = [cell for _, (cell,) in read_cells(texts, [QUESTION])]
         vocabulary = [PROMPT.format(question=str(cell or "")) for cell in [*cells, ""]]
     base = CausalBase(config.base.path, config.base.digest)
-    made = write_kit(out, base, connector, vocabulary)
+    head = AnsweringDecoder(base, config.data.labels).head if config.rungs else None
+    made = write_kit(out, base, connector, vocabulary, head)
     print(
         f"{out}: {made.size / 1e6:.1f} MB, embeddings of {len(made.table().tokens):,} tokens; for "
         f'each client.toml:\n\n[machine]\nkit = "{out.name}"\nkit-digest = "{made.digest}"'

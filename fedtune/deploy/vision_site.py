@@ -59,6 +59,7 @@ def _model(files: SiteFiles) -> tuple[VisionClient, str, str]:
         kit.manifest.max_tokens,
         kit.connector,
         AcrossCut(protected(remote, config.split), config.split.labels),
+        kit.head(len(answers)) if config.rungs else None,
     )
     digest = half.digest(kit.manifest.base_digest, answers)
     return half, digest, f"base model at {files.base_server}, kit {kit.digest[:16]}"
@@ -87,6 +88,7 @@ def connect_base(files: SiteFiles, kit: ClientKit) -> GrpcBase:
         kit.table().embedding_dim,
         len(tokens),
         config.split.activations,
+        config.rungs,
     )
     authority = files.find(files.config.site.certificate).read_bytes()
     identity, roster = files.keys().identity, files.members().roster

@@ -11,11 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedtune.adapter.nano import Nano, attach_nano
-from fedtune.base.answering import AnsweringDecoder, first_tokens
+from fedtune.adapter.ladder import attach_ladder
+from fedtune.adapter.lora import AttachedAdapter
+from fedtune.adapter.nano import ClientHalf, Nano, attach_nano
+from fedtune.base.answering import AnsweringDecoder, Head, first_tokens
 from fedtune.base.causal import CausalBase
 from fedtune.base.connector import (
     SUFFIX,
+    Connector,
     Pretraining,
     load_connector,
     nearest_words,
@@ -30,15 +33,18 @@ from fedtune.data.questions import Captions, QuestionExamples
 from fedtune.errors import BaseModelError, ConfigError, DataError
 from fedtune.train.channel import Meter, in_process_channel
 from fedtune.train.cut import AcrossCut, Behind, InProcessBase, WholeModel
+from fedtune.train.ladder import LadderAnswering
 from fedtune.train.protection import protected
 from fedtune.train.questions import EncodedQuestions, QuestionAnswering, encode_questions
+from fedtune.train.state_cache import StateCache
+from fedtune.train.task import Task
 from fedtune.types import digest_of
 
 _FORMAT = 1  # part of the cache's name: raise it with every change of the pretraining
 
 
 class VisionClient:
-    """A client's half with its task: encoder, connector, embeddings, NanoAdapters."""
+    """A client's half with its task: encoder, connector, embeddings, adapter."""
 
     def __init__(
         self,
@@ -48,19 +54,29 @@ class VisionClient:
         max_tokens: int,
         connector: Path,
         behind: Behind,
+        head: Head | None = None,
     ) -> None:
-        """`table` has the embeddings, `behind` is what answers; raises `UsageError`."""
+        """`table` has the embeddings, `behind` is what answers; raises `UsageError`.
+
+        `head` makes scores of states, if `config.rungs` says that those are the answers.
+        """
         self.encoder = VisionEncoder(config.base.encoder)
         self.connector_path = connector
         self.connector, self.connector_digest = load_connector(
             connector, config.base.connector_digest
         )
-        self.adapter = attach_nano(self.connector, table, Nano(config.adapter.rank), config.seed)
+        self.adapter = attach_adapter(config, self.connector, table, head)
         self.tokenizer = tokenizer
-        self.task = QuestionAnswering(int(tokenizer.pad_token_id or 0), behind)
+        questions = QuestionAnswering(int(tokenizer.pad_token_id or 0), behind)
+        self.task: Task = questions
+        half = self.adapter.module
+        if config.adapter.kind == "ladder" and isinstance(half, ClientHalf):
+            cache = StateCache(config.rungs * table.embedding_dim)
+            self.task = LadderAnswering(half, questions, cache)
         self.max_length = min(config.base.max_length, max_tokens - self.connector.tokens)
         self._table = table
         self._features: dict[tuple[Path, ...], Features] = {}
+        self._prepared = 0
 
     def prepare(self, examples: QuestionExamples) -> EncodedQuestions:
         """The questions as the trainer takes them; raises `DataError`."""
@@ -68,7 +84,10 @@ class VisionClient:
         if examples.files not in self._features:
             self._features[examples.files] = self.encoder.features(examples.files)
         features = self._features[examples.files]
-        found = encode_questions(self.tokenizer, examples, features, self.max_length)
+        found = encode_questions(
+            self.tokenizer, examples, features, self.max_length, self._prepared
+        )
+        self._prepared += len(found)
         if isinstance(self._table, Table) and (lacking := self._table.lacking(found.texts.ids)):
             word = self.tokenizer.decode(lacking[:1])
             raise DataError(
@@ -95,24 +114,36 @@ class VisionModel:
         Without `base.connector`, one is pretrained on `public` images and kept in the cache.
         """
         self.base = CausalBase(config.base.path, config.base.digest)
-        self.decoder = AnsweringDecoder(self.base, answers)
+        self.decoder = AnsweringDecoder(self.base, answers, config.rungs)
         self.meter = Meter()
         behind: Behind = WholeModel(self.decoder)
         if config.base.placement == "server":
             # The same arithmetic as over a network, but for the network.
             whole, encoding = InProcessBase(self.decoder), config.split.activations
-            remote = in_process_channel(whole, self.decoder.width, encoding, self.meter)
+            width = self.decoder.width
+            remote = in_process_channel(whole, width, encoding, self.meter, config.rungs)
             behind = AcrossCut(protected(remote, config.split), config.split.labels)
         table: nn.Embedding = self.base.module.get_input_embeddings()  # type: ignore[operator]
         connector = find_connector(config, self.base, public)
         tokenizer, longest = self.base.tokenizer, self.base.max_tokens
-        self.client = VisionClient(config, tokenizer, table, longest, connector, behind)
+        head = self.decoder.head if config.rungs else None
+        self.client = VisionClient(config, tokenizer, table, longest, connector, behind, head)
         self.adapter, self.task = self.client.adapter, self.client.task
         self.digest = self.client.digest(self.base.digest, answers)
 
     def prepare(self, examples: QuestionExamples) -> EncodedQuestions:
         """See `VisionClient.prepare`."""
         return self.client.prepare(examples)
+
+
+def attach_adapter(
+    config: Config, connector: Connector, table: nn.Embedding | Table, head: Head | None
+) -> AttachedAdapter:
+    """The client's half with the adapter of the configuration; raises `ConfigError`."""
+    found = config.adapter
+    if found.kind == "ladder" and head is not None:
+        return attach_ladder(connector, table, head, config.rungs, found.rank, config.seed)
+    return attach_nano(connector, table, Nano(found.rank, found.output_rank), config.seed, head)
 
 
 def find_connector(config: Config, base: CausalBase, public: Captions | None) -> Path:

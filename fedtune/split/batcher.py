@@ -61,7 +61,7 @@ class Batcher:
         """The gradient of a request of kind `OPEN`; `upstream` is flat.
 
         Raises `NotAnswered` if its graph is not kept, `ValueError` for another size than that of
-        the logits.
+        the outputs.
         """
         now = time.monotonic()
         with self._changed:

@@ -3,6 +3,10 @@
 Who trains sees one protocol: a `Behind` gives scores and losses for adapted embeddings. Either
 the whole model is here (`WholeModel`, placement `client`), or it is a `RemoteBase` that knows
 nothing of autograd (`AcrossCut`, placement `server`): gradients come back as arrays.
+
+What stands behind the cut gives outputs, of one kind for a whole federation: the answers' scores,
+or states of which a `readout` in front of the cut makes the scores (gray-box tuning, Levy et al.
+2025, arXiv 2502.00796). A readout that is trained gets its gradient in the same exchange.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fedtune.base.answering import AnsweringDecoder
 
 Float32Array = NDArray[np.float32]
 Labels = Literal["server", "client"]
+SCORES = nn.Identity()  # the readout where the outputs are scores already
 
 
 class RemoteBase(Protocol):
@@ -35,11 +40,18 @@ class RemoteBase(Protocol):
     ) -> tuple[Float32Array, Float32Array]:
         """Each example's cross-entropy `[n]`, and its gradient by the example's embeddings.
 
-        The gradient has the shape of `embeddings`, zero where they do not count.
+        The gradient has the shape of `embeddings`, zero where they do not count. Only where the
+        outputs are scores.
         """
 
-    def scores(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
-        """Logits of the answers, `[n, answers]`."""
+    def outputs(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+        """Logits of the answers `[n, answers]`, or states `[n, rungs · width]`, to evaluate."""
+
+    def activations(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+        """States `[n, rungs · width]`, to train what stands beside the language model.
+
+        No gradient follows. Only where the outputs are states.
+        """
 
     def pull_back(
         self,
@@ -47,9 +59,9 @@ class RemoteBase(Protocol):
         lengths: NDArray[np.int64],
         upstream: Callable[[Float32Array], Float32Array],
     ) -> Float32Array:
-        """The gradient by `embeddings` of what `upstream` says of the logits.
+        """The gradient by `embeddings` of what `upstream` says of the outputs.
 
-        `upstream` takes the logits and gives the loss's gradient by them, both `[n, answers]`: the
+        `upstream` takes the outputs and gives the loss's gradient by them, both `[n, size]`: the
         answers stay with who asks. Where the other side has to be asked again it is called again.
         """
 
@@ -71,11 +83,15 @@ class InProcessBase:
             (gradient,) = torch.autograd.grad(losses.sum(), x)
         return losses.detach().numpy(), gradient.numpy()
 
-    def scores(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
-        """See `RemoteBase.scores`."""
+    def outputs(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+        """See `RemoteBase.outputs`."""
         with torch.inference_mode():
-            found = self._decoder.scores(torch.from_numpy(embeddings), torch.from_numpy(lengths))
+            found = self._decoder.outputs(torch.from_numpy(embeddings), torch.from_numpy(lengths))
         return found.numpy()
+
+    def activations(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+        """See `RemoteBase.activations`."""
+        return self.outputs(embeddings, lengths)
 
     def pull_back(
         self,
@@ -86,20 +102,31 @@ class InProcessBase:
         """See `RemoteBase.pull_back`."""
         with torch.enable_grad():
             x = torch.tensor(embeddings, requires_grad=True)
-            logits = self._decoder.scores(x, torch.from_numpy(lengths))
-            weights = torch.from_numpy(upstream(logits.detach().numpy()))
-            (gradient,) = torch.autograd.grad(logits, x, weights)
+            outputs = self._decoder.outputs(x, torch.from_numpy(lengths))
+            weights = torch.from_numpy(upstream(outputs.detach().numpy()))
+            (gradient,) = torch.autograd.grad(outputs, x, weights)
         return gradient.numpy()
 
 
 class Behind(Protocol):
-    """What is behind the cut, for training with torch."""
+    """What is behind the cut, for training with torch.
 
-    def loss(self, embeddings: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of a batch, a scalar that is differentiable by `embeddings`."""
+    `readout` makes scores `[n, answers]` of the outputs `[n, size]`.
+    """
 
-    def scores(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
+    def loss(
+        self, embeddings: Tensor, lengths: Tensor, labels: Tensor, readout: nn.Module = SCORES
+    ) -> Tensor:
+        """Mean cross-entropy of a batch, a scalar.
+
+        It is differentiable by `embeddings` and by what is trained of `readout`.
+        """
+
+    def scores(self, embeddings: Tensor, lengths: Tensor, readout: nn.Module = SCORES) -> Tensor:
         """Logits of the answers, `[n, answers]`; no gradient."""
+
+    def activations(self, embeddings: Tensor, lengths: Tensor, training: bool) -> Tensor:
+        """States `[n, rungs · width]`; no gradient. `training` is what they are counted as."""
 
 
 class WholeModel:
@@ -108,13 +135,21 @@ class WholeModel:
     def __init__(self, decoder: AnsweringDecoder) -> None:
         self._decoder = decoder
 
-    def loss(self, embeddings: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+    def loss(
+        self, embeddings: Tensor, lengths: Tensor, labels: Tensor, readout: nn.Module = SCORES
+    ) -> Tensor:
         """See `Behind.loss`."""
-        return functional.cross_entropy(self._decoder.scores(embeddings, lengths), labels)
+        return functional.cross_entropy(readout(self._decoder.outputs(embeddings, lengths)), labels)
 
-    def scores(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
+    def scores(self, embeddings: Tensor, lengths: Tensor, readout: nn.Module = SCORES) -> Tensor:
         """See `Behind.scores`."""
-        return self._decoder.scores(embeddings, lengths)
+        found: Tensor = readout(self._decoder.outputs(embeddings, lengths))
+        return found
+
+    def activations(self, embeddings: Tensor, lengths: Tensor, training: bool) -> Tensor:
+        """See `Behind.activations`; nothing is counted."""
+        with torch.inference_mode():
+            return self._decoder.outputs(embeddings, lengths)
 
 
 class AcrossCut:
@@ -124,10 +159,15 @@ class AcrossCut:
         self._remote = remote
         self._labels = labels
 
-    def loss(self, embeddings: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
-        """See `Behind.loss`."""
+    def loss(
+        self, embeddings: Tensor, lengths: Tensor, labels: Tensor, readout: nn.Module = SCORES
+    ) -> Tensor:
+        """See `Behind.loss`. A `readout` that does anything needs `labels` "client"."""
         apply: Any = _CutLoss.apply  # torch leaves it untyped
-        found: Tensor = apply(embeddings, lengths, labels, self._remote, self._labels)
+        trained = _trained(readout)
+        found: Tensor = apply(
+            embeddings, lengths, labels, self._remote, self._labels, readout, *trained
+        )
         return found
 
     def differentiate(
@@ -135,12 +175,19 @@ class AcrossCut:
     ) -> tuple[float, Tensor]:
         """The mean loss and its gradient by `embeddings`, without a graph."""
         sent, counts = _array(embeddings), lengths.cpu().numpy()
-        loss, gradient = _differentiate(self._remote, self._labels, sent, counts, labels)
+        loss, gradient, _ = _differentiate(self._remote, self._labels, sent, counts, labels, SCORES)
         return loss, torch.from_numpy(gradient).to(embeddings.device) / len(gradient)
 
-    def scores(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
+    def scores(self, embeddings: Tensor, lengths: Tensor, readout: nn.Module = SCORES) -> Tensor:
         """See `Behind.scores`."""
-        found = self._remote.scores(_array(embeddings), lengths.cpu().numpy())
+        outputs = self._remote.outputs(_array(embeddings), lengths.cpu().numpy())
+        found: Tensor = readout(torch.from_numpy(outputs).to(embeddings.device))
+        return found
+
+    def activations(self, embeddings: Tensor, lengths: Tensor, training: bool) -> Tensor:
+        """See `Behind.activations`."""
+        ask = self._remote.activations if training else self._remote.outputs
+        found = ask(_array(embeddings), lengths.cpu().numpy())
         return torch.from_numpy(found).to(embeddings.device)
 
 
@@ -155,20 +202,26 @@ class _CutLoss(torch.autograd.Function):
         labels: Tensor,
         remote: RemoteBase,
         where: Labels,
+        readout: nn.Module,
+        *_trained: Tensor,
     ) -> Tensor:
         sent, counts = _array(embeddings), lengths.cpu().numpy()
         if ctx.needs_input_grad[0]:
-            loss, ctx.gradient = _differentiate(remote, where, sent, counts, labels)
+            loss, ctx.gradient, ctx.own = _differentiate(
+                remote, where, sent, counts, labels, readout
+            )
         else:
-            logits = torch.from_numpy(remote.scores(sent, counts))
-            loss = float(functional.cross_entropy(logits, labels.cpu()))
+            scores = readout(torch.from_numpy(remote.outputs(sent, counts)))
+            loss = float(functional.cross_entropy(scores, labels.cpu()))
         ctx.device = embeddings.device
         return torch.tensor(loss, device=embeddings.device)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = torch.from_numpy(ctx.gradient).to(ctx.device) * (upstream / len(ctx.gradient))
-        return gradient, None, None, None, None
+        each = upstream / len(ctx.gradient)
+        gradient = torch.from_numpy(ctx.gradient).to(ctx.device) * each
+        own = [part * each for part in ctx.own]
+        return gradient, None, None, None, None, None, *own
 
 
 def _differentiate(
@@ -177,24 +230,33 @@ def _differentiate(
     sent: Float32Array,
     lengths: NDArray[np.int64],
     labels: Tensor,
-) -> tuple[float, Float32Array]:
-    """The mean loss, and the gradient of the sum of losses at the cut."""
+    readout: nn.Module,
+) -> tuple[float, Float32Array, list[Tensor]]:
+    """The mean loss, and the gradient of the sum of losses at the cut and by what is trained.
+
+    The latter are what `readout` has, in its order.
+    """
     if where == "server":
         losses, gradient = remote.differentiate(sent, lengths, labels.cpu().numpy())
-        return float(losses.mean()), gradient
-    found: list[float] = []
+        return float(losses.mean()), gradient, []
+    found: list[tuple[float, list[Tensor]]] = []
 
-    def upstream(scores: Float32Array) -> Float32Array:
+    def upstream(outputs: Float32Array) -> Float32Array:
         with torch.enable_grad():
-            logits = torch.tensor(scores, requires_grad=True)
-            loss = functional.cross_entropy(logits, labels.cpu(), reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, logits)
-        found.append(float(loss.detach()) / len(scores))
+            x = torch.tensor(outputs, requires_grad=True)
+            loss = functional.cross_entropy(readout(x), labels.cpu(), reduction="sum")
+            gradient, *own = torch.autograd.grad(loss, [x, *_trained(readout)])
+        found.append((float(loss.detach()) / len(outputs), own))
         return gradient.numpy()
 
     gradient = remote.pull_back(sent, lengths, upstream)
     # Of several tries the last one counts.
-    return found[-1], gradient
+    loss, own = found[-1]
+    return loss, gradient, own
+
+
+def _trained(readout: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in readout.parameters() if parameter.requires_grad]
 
 
 def _array(embeddings: Tensor) -> Float32Array:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedtune.adapter.nano import Prompt
+from fedtune.adapter.nano import READOUT, Prompt
 from fedtune.base.vision import Features
 from fedtune.data.questions import NO_IMAGE, QuestionExamples
 from fedtune.errors import DataError
@@ -28,12 +28,14 @@ PROMPT = " {question} Answer:"
 class EncodedQuestions:
     """Token ids, labels, and each question's place in `features` (float16 `[images, width]`).
 
-    The features are shared by all who select from one set, and by forked workers.
+    The features are shared by all who select from one set, and by forked workers. `numbers`
+    (int64 `[n]`) tell the questions apart that were prepared in one process.
     """
 
     texts: TokenizedTexts
     images: NDArray[np.int64]
     features: Features
+    numbers: NDArray[np.int64]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -50,7 +52,9 @@ class EncodedQuestions:
 
     def select(self, rows: NDArray[np.int64]) -> EncodedQuestions:
         """The questions of these rows."""
-        return EncodedQuestions(self.texts.select(rows), self.images[rows], self.features)
+        return EncodedQuestions(
+            self.texts.select(rows), self.images[rows], self.features, self.numbers[rows]
+        )
 
     def concatenate(self, others: Sequence[EncodedQuestions]) -> EncodedQuestions:
         """These questions and then those of `others`."""
@@ -67,16 +71,17 @@ class EncodedQuestions:
             self.texts.concatenate([part.texts for part in others]),
             np.concatenate(images),
             features[0] if len(features) == 1 else np.concatenate(features),
+            np.concatenate([part.numbers for part in parts]),
         )
 
 
 def encode_questions(
-    tokenizer: Any, examples: QuestionExamples, features: Features, max_length: int
+    tokenizer: Any, examples: QuestionExamples, features: Features, max_length: int, first: int = 0
 ) -> EncodedQuestions:
     """Tokenize once what is trained on every round; `features` has a row for each of its files.
 
-    Raises `DataError` for a question that is longer than `max_length` tokens: cut, it would be
-    another question.
+    The questions are numbered from `first`. Raises `DataError` for a question that is longer than
+    `max_length` tokens: cut, it would be another question.
     """
     from fedtune.data import TextExamples
 
@@ -88,7 +93,8 @@ def encode_questions(
             f"the question {examples.questions[row]!r} has more than base.max-length = "
             f"{max_length} tokens"
         )
-    return EncodedQuestions(found, examples.images, features)
+    numbers = np.arange(first, first + len(found))
+    return EncodedQuestions(found, examples.images, features, numbers)
 
 
 class QuestionAnswering:
@@ -116,11 +122,12 @@ class QuestionAnswering:
         """Mean cross-entropy over the answers."""
         prompt, labels = batch
         embeddings, lengths = module(prompt)
-        return self.behind.loss(embeddings, lengths, labels)
+        return self.behind.loss(embeddings, lengths, labels, module.get_submodule(READOUT))
 
     def outputs(self, module: nn.Module, batch: tuple[Prompt, Tensor]) -> Outputs:
         """Cross-entropy, and the likeliest answer of each question."""
         prompt, labels = batch
-        logits = self.behind.scores(*module(prompt))
+        embeddings, lengths = module(prompt)
+        logits = self.behind.scores(embeddings, lengths, module.get_submodule(READOUT))
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         return Outputs(loss, logits.argmax(-1).cpu().numpy(), labels.cpu().numpy())

@@ -67,19 +67,22 @@ def look_at_questions(path: Path, config: Config) -> Verdict[QuestionExamples]:
 def _kit(files: SiteFiles) -> Verdict[tuple[int, str]]:
     """Size of the adapter, and the digest of all that is frozen."""
     from fedtune.base.answering import first_tokens
+    from fedtune.base.connector import load_connector
     from fedtune.base.kit import ClientKit
     from fedtune.base.vision import VisionEncoder
+    from fedtune.simulation.vision import attach_adapter
     from fedtune.types import digest_of, sha256_hex
 
     config, machine = files.federation, files.config.machine
     try:
         kit = ClientKit(files.find(machine.kit), machine.kit_digest)
         tokens = first_tokens(kit.tokenizer(), config.data.labels).tolist()
-        encoder, width = VisionEncoder(config.base.encoder).digest, kit.table().embedding_dim
-    except (BaseModelError, DataError) as error:
+        encoder = VisionEncoder(config.base.encoder).digest
+        head = kit.head(len(tokens)) if config.rungs else None
+        connector, _ = load_connector(kit.connector)
+        size = attach_adapter(config, connector, kit.table(), head).manifest.size
+    except (BaseModelError, ConfigError, DataError) as error:
         return Verdict("problem", str(error), "see docs/nano.md")
-    rank = config.adapter.rank
-    size = 2 * (2 * width * rank + rank + width)
     digest = digest_of(
         [kit.manifest.base_digest, encoder, sha256_hex(kit.connector.read_bytes()), tokens]
     )
