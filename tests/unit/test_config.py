@@ -303,6 +303,8 @@ _VISION = ['base.task="visual-question-answering"', 'adapter.kind="nano"']
 _AT_SERVER = [*_VISION, 'base.placement="server"']
 _COMPANIONS = {
     "base.placement": _VISION,
+    "adapter.output-rank": _VISION,
+    "adapter.rungs": ['base.task="visual-question-answering"', 'adapter.kind="ladder"'],
     "split.clip": [*_AT_SERVER, "split.eta=60.0"],
     "split.eta": [*_AT_SERVER, "split.clip=5.0"],
     "train.method": _FORWARD_ONLY[1:],
