@@ -43,7 +43,8 @@ class LadderReadout(nn.Module):
     """States of all rungs → scores: the base model's, and what the ladder adds to its last state.
 
     h_i = block_i(μ_i · down_i(x_i) + (1 - μ_i) · h_{i-1}) with μ_i = sigmoid(α_i / T), as in
-    section 3.2; h_0 = down_1(x_1). The scores are those of x_k + s · up(norm(h_k)) by the frozen
+    section 3.2. The first rung mixes nothing: below it is the embedding, at the answer's position
+    always that of the same word. The scores are those of x_k + s · up(norm(h_k)) by the frozen
     rows of the output layer, with `up` zero at first: round 0 is the base model. States differ in
     size from layer to layer, so each x_i goes down with a root mean square of 1.
     """

@@ -144,7 +144,9 @@ def attach_nano(
         torch.manual_seed(seed)
         image, text = (NanoAdapter(width, nano.rank, scale) for _ in range(2))
         readout: nn.Module = nn.Identity()
-        if nano.output_rank is not None and head is not None:
+        if nano.output_rank is not None:
+            if head is None:
+                raise ValueError("a NanoAdapter-O without a head")
             readout = GrayBoxReadout(head, nano.output_rank)
     return attach_half(ClientHalf(connector, embeddings, image, text, readout))
 

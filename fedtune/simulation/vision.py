@@ -13,7 +13,7 @@ from torch import nn
 
 from fedtune.adapter.ladder import attach_ladder
 from fedtune.adapter.lora import AttachedAdapter
-from fedtune.adapter.nano import ClientHalf, Nano, attach_nano
+from fedtune.adapter.nano import Nano, attach_nano
 from fedtune.base.answering import AnsweringDecoder, Head, first_tokens
 from fedtune.base.causal import CausalBase
 from fedtune.base.connector import (
@@ -69,10 +69,9 @@ class VisionClient:
         self.tokenizer = tokenizer
         questions = QuestionAnswering(int(tokenizer.pad_token_id or 0), behind)
         self.task: Task = questions
-        half = self.adapter.module
-        if config.adapter.kind == "ladder" and isinstance(half, ClientHalf):
+        if config.adapter.kind == "ladder":
             cache = StateCache(config.rungs * table.embedding_dim)
-            self.task = LadderAnswering(half, questions, cache)
+            self.task = LadderAnswering(self.adapter.module, questions, cache)
         self.max_length = min(config.base.max_length, max_tokens - self.connector.tokens)
         self._table = table
         self._features: dict[tuple[Path, ...], Features] = {}
@@ -139,9 +138,14 @@ class VisionModel:
 def attach_adapter(
     config: Config, connector: Connector, table: nn.Embedding | Table, head: Head | None
 ) -> AttachedAdapter:
-    """The client's half with the adapter of the configuration; raises `ConfigError`."""
+    """The client's half with the adapter of the configuration; raises `ConfigError`.
+
+    `head` is there if `config.rungs` is more than 0.
+    """
     found = config.adapter
-    if found.kind == "ladder" and head is not None:
+    if found.kind == "ladder":
+        if head is None:
+            raise ValueError("a ladder without a head")
         return attach_ladder(connector, table, head, config.rungs, found.rank, config.seed)
     return attach_nano(connector, table, Nano(found.rank, found.output_rank), config.seed, head)
 

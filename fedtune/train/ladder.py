@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedtune.adapter.nano import READOUT, ClientHalf
+from fedtune.adapter.nano import READOUT
 from fedtune.train.questions import EncodedQuestions, QuestionAnswering
 from fedtune.train.state_cache import StateCache, halved
 from fedtune.train.task import Outputs
@@ -23,8 +23,8 @@ class LadderAnswering:
 
     evaluated_at_once = 32
 
-    def __init__(self, half: ClientHalf, questions: QuestionAnswering, cache: StateCache) -> None:
-        """`half` makes the embeddings; `questions` has the prompts and what is behind the cut."""
+    def __init__(self, half: nn.Module, questions: QuestionAnswering, cache: StateCache) -> None:
+        """`half` is a client's; `questions` has the prompts and what is behind the cut."""
         self._half, self._questions, self._cache = half, questions, cache
 
     def batch(

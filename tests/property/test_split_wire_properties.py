@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,12 @@ NAME = st.text(st.characters(codec="utf-8"), min_size=1, max_size=256).filter(st
 ENCODING = st.sampled_from(["float32", "int8"])
 TERMS = st.builds(Terms, HEX, HEX, HEX, SIZE, SIZE, ENCODING, st.integers(0, 2**32 - 1))
 HERE = Description(Terms("ab" * 32, "ab" * 32, "ab" * 32, 4, 7, "int8"), 5, 30, 1 << 16)
+STATES = replace(HERE, terms=replace(HERE.terms, rungs=3))
 
 
 @st.composite
-def requests(draw: Any) -> Request:
-    kind = draw(st.sampled_from([Kind.DIFFERENTIATE, Kind.OUTPUTS, Kind.OPEN]))
+def requests(draw: Any, first: Kind = Kind.DIFFERENTIATE) -> Request:
+    kind = draw(st.sampled_from([first, Kind.OUTPUTS, Kind.OPEN]))
     lengths = draw(st.lists(st.integers(1, HERE.tokens), min_size=1, max_size=HERE.examples))
     labels = draw(st.lists(st.integers(0, 6), min_size=len(lengths), max_size=len(lengths)))
     asked = labels if kind == Kind.DIFFERENTIATE else []
@@ -74,6 +76,11 @@ def _same(one: Any, other: Any) -> None:
 @given(FROM_CLIENT)
 def test_what_a_client_says(said: Any) -> None:
     _same(decode_from_client(encode_from_client(said), HERE), said)
+
+
+@given(requests(Kind.ACTIVATIONS))
+def test_what_a_client_says_to_who_answers_with_states(said: Request) -> None:
+    _same(decode_from_client(encode_from_client(said), STATES), said)
 
 
 @given(FROM_SERVER)
