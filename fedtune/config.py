@@ -28,6 +28,7 @@ PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "hospitals"
 UNSET = "unset"
 DIRECTIONS, PERTURBATION = 4096, 0.1
+RUNGS = 6
 BASE_PORT = 9094
 # On the packaged data's validation texts 0.001, 0.01 and 0.1 are alike (loss 1.70, 1.70 and 1.72
 # after a round of the preset, plain averaging 2.14), and errors of rounding go with 1 / damping.
@@ -128,11 +129,19 @@ class Emulator(_Table):
 class Adapter(_Table):
     """What is trained and travels."""
 
-    kind: Literal["lora", "nano"] = "lora"
+    kind: Literal["lora", "nano", "ladder"] = "lora"
     """The adapter family. `nano`: bottlenecks on the inputs of a language model (FedNano), for
-    `visual-question-answering`."""
+    `visual-question-answering`. `ladder`: for the same, a small network beside the language model,
+    fed with what its layers make of an example, which is computed once (Sung et al. 2022)."""
     rank: int = Field(default=8, ge=1, le=1024)
-    """Rank r of the LoRA matrices, or width of a NanoAdapter's bottleneck."""
+    """Rank r of the LoRA matrices, or width of a NanoAdapter's bottleneck or of a ladder."""
+    output_rank: int | None = Field(default=None, ge=1, le=1024)
+    """`nano`: width of a bottleneck on the language model's output, too, which is then a state of
+    which the client makes the scores (gray-box tuning, Levy et al. 2025); with the base model at
+    the server it needs `split.labels = "client"`. Unset: none."""
+    rungs: int = Field(default=RUNGS, ge=2, le=256)
+    """`ladder`: after how many of the language model's layers its state is taken; they are evenly
+    spread, and the last layer is one of them."""
     alpha: Positive = 16.0
     """LoRA scaling: the update is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -425,17 +434,18 @@ class Config(_Table):
     @model_validator(mode="after")
     def _adapter_fits_the_task(self) -> Self:
         vision = self.base.task == "visual-question-answering"
-        if vision != (self.adapter.kind == "nano"):
+        kind = self.adapter.kind
+        if vision != (kind != "lora"):
             raise ValueError(
-                "adapter.kind = nano and base.task = visual-question-answering go together: set "
-                "both or neither"
+                "adapter.kind = nano or ladder and base.task = visual-question-answering go "
+                "together: set both or neither"
             )
         if vision and (self.adapter.dropout or self.adapter.targets):
             key = "adapter.dropout" if self.adapter.dropout else "adapter.targets"
             raise ValueError(f"{key} is for adapter.kind = lora; leave it out")
         if vision and self.privacy.unit == "record":
             raise ValueError(
-                "privacy.unit = record is not built for adapter.kind = nano; use privacy.unit = "
+                f"privacy.unit = record is not built for adapter.kind = {kind}; use privacy.unit = "
                 "client"
             )
         if not vision and self.base.placement != "client":
@@ -452,6 +462,33 @@ class Config(_Table):
             raise ValueError(
                 "split.clip and split.eta protect what is sent to a base model at the server: set "
                 "base.placement = server, or leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _outputs_fit_the_adapter(self) -> Self:
+        adapter = self.adapter
+        if adapter.kind != "nano" and adapter.output_rank is not None:
+            raise ValueError("adapter.output-rank is for adapter.kind = nano; leave it out")
+        if adapter.kind != "ladder" and adapter.rungs != RUNGS:
+            raise ValueError("adapter.rungs is for adapter.kind = ladder; leave it out")
+        if self.base.placement == "emulator" and self.rungs:
+            raise ValueError(
+                "an emulator answers with scores, of which adapter.output-rank and adapter.kind = "
+                "ladder have no use; set base.placement = server, or leave them out"
+            )
+        if self.base.placement != "server" or not self.rungs:
+            return self
+        if adapter.kind == "nano" and self.split.labels != "client":
+            raise ValueError(
+                "adapter.output-rank leaves the scores to the client, so the server cannot compute "
+                "a loss: set split.labels = client"
+            )
+        if self.train.method == "forward-only":
+            raise ValueError(
+                "train.method = forward-only with base.placement = server uses the gradient at the "
+                "cut, on which adapter.output-rank and adapter.kind = ladder have no bearing; use "
+                "train.method = backprop"
             )
         return self
 
@@ -557,6 +594,18 @@ class Config(_Table):
         """How many values a client sends, of an adapter of so many or of what is trained of it."""
         trained = self.values_trained(adapter)
         return 2 * trained if self.aggregate.rule == "fisher" else trained
+
+    @property
+    def rungs(self) -> int:
+        """How many states of an example the base model answers with; 0: with scores."""
+        if self.adapter.kind == "ladder":
+            return self.adapter.rungs
+        return int(self.adapter.output_rank is not None)
+
+    @property
+    def labels_at(self) -> Literal["server", "client"]:
+        """Who knows the answers: a ladder is trained where they are, whatever `split` says."""
+        return "client" if self.adapter.kind == "ladder" else self.split.labels
 
     @property
     def slopes_at_the_cut(self) -> bool:

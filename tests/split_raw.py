@@ -123,7 +123,7 @@ def member(port: int, parties: Parties, name: str, terms: Terms, **options: Any)
         yield client.introduced(parties.identities[name], parties.roster, terms)
 
 
-def a_request(terms: Terms, number: int = 1, kind: Kind = Kind.SCORES, count: int = 3) -> Request:
+def a_request(terms: Terms, number: int = 1, kind: Kind = Kind.OUTPUTS, count: int = 3) -> Request:
     """A request that there is nothing wrong with."""
     embeddings, lengths, labels = some_examples(number, count, terms.width)
     counted = np.arange(embeddings.shape[1]) < lengths[:, None]

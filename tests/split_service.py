@@ -58,15 +58,15 @@ class Held:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoder, name)
 
-    def scores(self, embeddings: Any, lengths: Any) -> Any:
-        """See `AnsweringDecoder.scores`."""
+    def outputs(self, embeddings: Any, lengths: Any) -> Any:
+        """See `AnsweringDecoder.outputs`."""
         self.rows.append(len(lengths))
         self.inputs.append(weakref.ref(embeddings))
         self.entered.release()
         assert self.gate.wait(LONG)
         if self.error is not None:
             raise self.error
-        return self.decoder.scores(embeddings, lengths)
+        return self.decoder.outputs(embeddings, lengths)
 
 
 class HeldByFile(AnsweringDecoder):
@@ -75,12 +75,12 @@ class HeldByFile(AnsweringDecoder):
     begun: Path
     hold: Path
 
-    def scores(self, embeddings: Any, lengths: Any) -> Any:
-        """See `AnsweringDecoder.scores`."""
+    def outputs(self, embeddings: Any, lengths: Any) -> Any:
+        """See `AnsweringDecoder.outputs`."""
         self.begun.touch()
         while self.hold.exists():
             time.sleep(0.01)
-        return super().scores(embeddings, lengths)
+        return super().outputs(embeddings, lengths)
 
 
 @dataclass(frozen=True)

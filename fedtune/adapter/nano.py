@@ -2,7 +2,8 @@
 
 NanoAdapter-I stands behind the connector, on the image's tokens; NanoAdapter-T behind the table of
 embeddings, on the question's. The language model itself is not needed to hold or to move them: a
-client has this half, and sends what comes out of it to where the language model is.
+client has this half, and sends what comes out of it to where the language model is. For gray-box
+tuning (arXiv 2502.00796) there is one on its output too, NanoAdapter-O.
 """
 
 from __future__ import annotations
@@ -15,28 +16,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedtune.adapter.lora import AttachedAdapter
+from fedtune.base.answering import Head
 from fedtune.base.connector import Connector
 from fedtune.base.kit import Table
 from fedtune.errors import ConfigError
 
-IMAGE, TEXT = "nano_image", "nano_text"
+IMAGE, TEXT, READOUT = "nano_image", "nano_text", "readout"
 
 
 @dataclass(frozen=True)
 class Nano:
-    """Settings of a pair of NanoAdapters."""
+    """Settings of NanoAdapters; without `output_rank` there is none on the output."""
 
     rank: int = 32
+    output_rank: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"NanoAdapter rank must be at least 1, got {self.rank}")
+        for rank in (self.rank, self.output_rank):
+            if rank is not None and rank < 1:
+                raise ConfigError(f"NanoAdapter rank must be at least 1, got {rank}")
 
 
 class NanoAdapter(nn.Module):
     """x + s · up(GELU(down(x / s))), with `up` zero at first: round 0 is the base model.
 
-    `scale` s is the root mean square of an embedding's values, so that the bottleneck sees values
+    `scale` s is about the root mean square of the values of x, so that the bottleneck sees values
     around 1, whatever the language model: what it learns does not depend on a model's units.
     """
 
@@ -54,6 +58,25 @@ class NanoAdapter(nn.Module):
         return adapted
 
 
+class GrayBoxReadout(nn.Module):
+    """NanoAdapter-O on the language model's last state, and the answers' rows of its output layer.
+
+    The rows are frozen.
+    """
+
+    weight: Tensor
+
+    def __init__(self, head: Head, rank: int) -> None:
+        super().__init__()
+        self.nano_output = NanoAdapter(head.weight.shape[1], rank, head.scale)
+        self.register_buffer("weight", head.weight)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """float32 `[n, width]` → scores, float32 `[n, answers]`."""
+        scores: Tensor = self.nano_output(states) @ self.weight.T
+        return scores
+
+
 class Prompt(NamedTuple):
     """A batch of questions: what the client's half takes.
 
@@ -68,20 +91,22 @@ class Prompt(NamedTuple):
 
 
 class ClientHalf(nn.Module):
-    """All of the model that is in front of the language model: connector, table, NanoAdapters."""
+    """All of the model that is not the language model: connector, table, and what is trained.
 
-    def __init__(self, connector: Connector, embeddings: nn.Embedding | Table, nano: Nano) -> None:
-        """Raises `ConfigError` if connector and table are of two widths."""
+    `readout` makes scores of what the language model gives.
+    """
+
+    def __init__(
+        self,
+        connector: Connector,
+        embeddings: nn.Embedding | Table,
+        nano_image: nn.Module,
+        nano_text: nn.Module,
+        readout: nn.Module,
+    ) -> None:
         super().__init__()
-        width = embeddings.embedding_dim
-        if connector.width != width:
-            raise ConfigError(
-                f"the connector makes tokens of {connector.width} values, this base model takes "
-                f"{width}; pretrain one for it: fedtune nano pretrain-connector"
-            )
         self.connector, self.embeddings = connector, embeddings
-        scale = float(connector.length) / width**0.5
-        self.nano_image, self.nano_text = (NanoAdapter(width, nano.rank, scale) for _ in range(2))
+        self.nano_image, self.nano_text, self.readout = nano_image, nano_text, readout
 
     def forward(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """Adapted embeddings, float32 `[n, image tokens + longest, width]`, and how many count.
@@ -102,16 +127,46 @@ class ClientHalf(nn.Module):
 
 
 def attach_nano(
-    connector: Connector, embeddings: nn.Embedding | Table, nano: Nano, seed: int
+    connector: Connector,
+    embeddings: nn.Embedding | Table,
+    nano: Nano,
+    seed: int,
+    head: Head | None = None,
 ) -> AttachedAdapter:
-    """The client's half, frozen but for NanoAdapters that are drawn from `seed`."""
+    """The client's half, frozen but for NanoAdapters that are drawn from `seed`.
+
+    `nano.output_rank` needs `head`. Raises `ConfigError` if connector and table are of two widths.
+    """
+    check_widths(connector, embeddings)
+    width = embeddings.embedding_dim
+    scale = float(connector.length) / width**0.5
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        half = ClientHalf(connector, embeddings, nano)
+        image, text = (NanoAdapter(width, nano.rank, scale) for _ in range(2))
+        readout: nn.Module = nn.Identity()
+        if nano.output_rank is not None:
+            if head is None:
+                raise ValueError("a NanoAdapter-O without a head")
+            readout = GrayBoxReadout(head, nano.output_rank)
+    return attach_half(ClientHalf(connector, embeddings, image, text, readout))
+
+
+def check_widths(connector: Connector, embeddings: nn.Embedding | Table) -> None:
+    """Raise `ConfigError` if connector and table are not of one language model."""
+    width = embeddings.embedding_dim
+    if connector.width != width:
+        raise ConfigError(
+            f"the connector makes tokens of {connector.width} values, this base model takes "
+            f"{width}; pretrain one for it: fedtune nano pretrain-connector"
+        )
+
+
+def attach_half(half: ClientHalf) -> AttachedAdapter:
+    """A client's half, frozen but for its NanoAdapters and readout."""
     half.requires_grad_(False)
     named = {
         f"{name}.{part}": parameter
-        for name in (IMAGE, TEXT)
+        for name in (IMAGE, TEXT, READOUT)
         for part, parameter in half.get_submodule(name).named_parameters()
     }
     for parameter in named.values():

@@ -2,7 +2,8 @@
 
 An operator makes the kit once, a client gets it with the federation's files. It has the rows of
 the table of embeddings for a vocabulary, and the connector; not one weight of the decoder's layers,
-unless clients train against an emulator, which has some.
+unless clients train against an emulator, which has some. For clients that make scores of states,
+also its output layer's rows for the answers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
+from fedtune.base.answering import Head
 from fedtune.base.causal import CausalBase
 from fedtune.base.loading import load_tokenizer
 from fedtune.errors import BaseModelError
@@ -28,7 +30,7 @@ from fedtune.files import write_atomic, write_json
 from fedtune.types import sha256_hex
 
 MANIFEST, EMBEDDINGS, CONNECTOR = "kit.json", "embeddings.safetensors", "connector.safetensors"
-TOKENIZER, EMULATOR = "tokenizer", "emulator"
+TOKENIZER, EMULATOR, HEAD = "tokenizer", "emulator", "head.safetensors"
 _LARGEST_FILE = 4 << 30
 
 
@@ -124,6 +126,24 @@ class ClientKit:
         except (OSError, SafetensorError, KeyError) as error:
             raise BaseModelError(f"{self.folder / EMBEDDINGS}: {error}") from error
 
+    def head(self, answers: int) -> Head:
+        """The output layer's rows for so many answers; raises `BaseModelError`."""
+        path = self.folder / HEAD
+        try:
+            found = load_file(path)
+            weight, scale = torch.from_numpy(found["weight"]), float(found["scale"][0])
+        except (OSError, SafetensorError, KeyError, IndexError) as error:
+            raise BaseModelError(
+                f"{path}: {error}; this federation needs a kit with rows of the output layer: the "
+                "operator makes one with its federation.toml"
+            ) from error
+        if weight.shape[0] != answers:
+            raise BaseModelError(
+                f"{path}: rows for {len(weight)} answers, data.labels has {answers}; ask the "
+                "operator for this federation's kit"
+            )
+        return Head(weight, scale)
+
     def _read(self, name: str) -> bytes:
         path = self.folder / name
         # A manifest that comes from elsewhere names no file outside of the kit.
@@ -140,10 +160,12 @@ def write_kit(
     connector: Path,
     vocabulary: Iterable[str] | None,
     emulator: Path | None = None,
+    head: Head | None = None,
 ) -> ClientKit:
     """Make the kit in the new folder; with `vocabulary`, only tokens of these texts get a row.
 
-    `emulator` is the folder of what clients train against, if the base model is not served.
+    `emulator` is the folder of what clients train against, if the base model is not served; `head`
+    is for those who make scores of states.
     """
     tokenizer = base.tokenizer
     fresh = folder.with_name(f".{folder.name}.new")
@@ -157,6 +179,9 @@ def write_kit(
         tokens = np.array(sorted({*ids, pad}), np.int64)
     rows = weight.detach()[torch.from_numpy(tokens)].float().numpy()
     write_atomic(fresh / EMBEDDINGS, save({"tokens": tokens.astype(np.int64), "weight": rows}))
+    if head is not None:
+        scale = np.array([head.scale], np.float64)
+        write_atomic(fresh / HEAD, save({"weight": head.weight.numpy(), "scale": scale}))
     shutil.copyfile(connector, fresh / CONNECTOR)
     tokenizer.save_pretrained(fresh / TOKENIZER)
     if emulator is not None:

@@ -26,6 +26,7 @@ def connect_base(
         width,
         len(answer_tokens),
         config.split.activations,
+        config.rungs,
     )
     authority = files.find(files.config.site.certificate).read_bytes()
     identity, roster = files.keys().identity, files.members().roster

@@ -44,6 +44,10 @@ def open_nano_artifacts(files: SiteFiles) -> EdgeArtifacts:
             f'machine.runtime = "{machine.runtime}" has no base model behind an image encoder: set '
             'base.placement = "server" in the federation, or machine.runtime = "torch"'
         )
+    if config.rungs:
+        raise ConfigError(
+            'a gray box (adapter.output-rank) or a ladder needs machine.runtime = "torch"'
+        )
     if machine.runtime == "ort":
         raise ConfigError(
             'machine.runtime = "ort" has no NanoAdapters: set it to "stepgraph", which runs on '

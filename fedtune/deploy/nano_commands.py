@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedtune.base.answering import first_tokens
+from fedtune.base.answering import AnsweringDecoder, first_tokens
 from fedtune.base.causal import CausalBase
 from fedtune.base.connector import load_connector
 from fedtune.base.emulator import Emulator
@@ -40,7 +40,8 @@ def kit(federation: Path, out: Path, texts: Path | None) -> int:
             path = federation.parent / Path(config.emulator.path).expanduser()
             config = load_config(federation, values={"emulator.path": str(path)})
         emulator = find_emulator(config, base, config.data.labels, ()).folder
-    made = write_kit(out, base, connector, vocabulary, emulator)
+    head = AnsweringDecoder(base, config.data.labels).head if config.rungs else None
+    made = write_kit(out, base, connector, vocabulary, emulator, head)
     print(
         f"{out}: {made.size / 1e6:.1f} MB, embeddings of {len(made.table().tokens):,} tokens; for "
         f'each client.toml:\n\n[machine]\nkit = "{out.name}"\nkit-digest = "{made.digest}"'

@@ -71,6 +71,7 @@ def _model(files: SiteFiles) -> tuple[VisionClient, str, str]:
         kit.manifest.max_tokens,
         kit.connector,
         behind,
+        kit.head(len(answers)) if config.rungs else None,
     )
     digest = half.digest(kit.manifest.base_digest, answers, emulated)
     return half, digest, f"{words}, kit {kit.digest[:16]}"

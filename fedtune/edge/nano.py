@@ -143,7 +143,7 @@ class NanoQuestions:
         loss_sum, found = 0.0, [np.empty(0, np.int64)]
         for start in range(0, len(order), EVALUATED_AT_ONCE):
             batch = self._embed(adapter, questions, order[start : start + EVALUATED_AT_ONCE])
-            logits = self._remote.scores(batch.sent, batch.lengths).astype(np.float64)
+            logits = self._remote.outputs(batch.sent, batch.lengths).astype(np.float64)
             loss_sum += float(cross_entropy(logits, batch.labels).sum())
             found.append(logits.argmax(-1))
         predictions, labels = np.concatenate(found), questions.labels[order]

@@ -1,4 +1,4 @@
-"""What the noise on embeddings comes to over a run, by metric differential privacy."""
+"""What passed the cut beside the least that could, and what the noise on it comes to."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ from typing import Any
 
 from fedtune.config import Config
 from fedtune.records import ClientSummary
+from fedtune.train.activations import encoded_bytes
 from fedtune.train.channel import CutTraffic
 from fedtune.train.protection import metric_privacy
+
+
+def least_bytes(config: Config, traffic: CutTraffic, width: int) -> int:
+    """The least for so many tokens and states of `width` values, up and down together.
+
+    Embeddings and their gradient, states and theirs; of a ladder there are no gradients.
+    """
+    rows = traffic.tokens + config.rungs * traffic.trained
+    ways = 1 if config.adapter.kind == "ladder" else 2
+    return ways * encoded_bytes(rows, width, config.split.activations)
 
 
 def account(

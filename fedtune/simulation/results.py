@@ -71,10 +71,10 @@ def export(path: Path, out: Path, kind: str, client: str | None = None) -> int:
     if out.exists():
         raise RunFolderError(f"{out} exists already; choose another --out")
     passport, config = Passport.read(path / ADAPTER), load_config(path / CONFIG)
-    if config.adapter.kind == "nano":
+    if config.adapter.kind != "lora":
         raise ConfigError(
-            f"{path}: NanoAdapters are beside the base model, and are neither merged nor peft's; "
-            f"{path / ADAPTER} has their weights and the connector"
+            f"{path}: this adapter is beside the base model, and is neither merged nor peft's; "
+            f"{path / ADAPTER} has its weights and the connector"
         )
     if config.adapter.private and client is None:
         raise ConfigError(

@@ -42,14 +42,13 @@ from fedtune.round import federation as rounds
 from fedtune.round.masked import Authority
 from fedtune.round.server import GlobalState
 from fedtune.simulation import folder as names
-from fedtune.simulation.cut_account import account
+from fedtune.simulation.cut_account import account, least_bytes
 from fedtune.simulation.dropout import Dropout
 from fedtune.simulation.folder import CONNECTOR, RunFolder
 from fedtune.simulation.job import Job, JobClient
 from fedtune.simulation.references import ReferenceResult, check_references, run_references
 from fedtune.simulation.sites import Sites, needs_sites
 from fedtune.simulation.workers import COMMON_TEST, evaluate, make_pool
-from fedtune.train.activations import encoded_bytes
 from fedtune.train.trainer import Evaluation
 from fedtune.types import Float32Vector, Manifest, digest_of, sha256_hex
 
@@ -480,15 +479,14 @@ def cut_record(job: Job, per_client: Sequence[ClientSummary]) -> Cut | None:
     if job.meter is None or job.config.base.placement != "server":
         return None
     found, split = job.meter.traffic, job.config.split
-    width = job.cut_width
     return Cut(
         encoding=split.activations,
-        labels_at=split.labels,
+        labels_at=job.config.labels_at,
         examples=found.trained,
         tokens=found.tokens,
         bytes_up=found.up,
         bytes_down=found.down,
-        floor=2 * encoded_bytes(found.tokens, width, split.activations),
+        floor=least_bytes(job.config, found, job.cut_width),
         evaluated=found.evaluated,
         evaluation_bytes=found.evaluation_bytes,
         **account(job.config, found, per_client),

@@ -12,11 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedtune.adapter.ladder import attach_ladder
+from fedtune.adapter.lora import AttachedAdapter
 from fedtune.adapter.nano import Nano, attach_nano
-from fedtune.base.answering import AnsweringDecoder, first_tokens
+from fedtune.base.answering import AnsweringDecoder, Head, first_tokens
 from fedtune.base.causal import CausalBase
 from fedtune.base.connector import (
     SUFFIX,
+    Connector,
     Pretraining,
     load_connector,
     nearest_words,
@@ -34,17 +37,19 @@ from fedtune.errors import BaseModelError, ConfigError, DataError
 from fedtune.simulation.emulation import find_emulator
 from fedtune.train.channel import Meter, in_process_channel
 from fedtune.train.cut import AcrossCut, Behind, InProcessBase, WholeModel
+from fedtune.train.ladder import LadderAnswering
 from fedtune.train.protection import protected
 from fedtune.train.question_rows import EncodedQuestions, encode_questions, no_embedding
 from fedtune.train.questions import QuestionAnswering
-from fedtune.train.task import tokenize
+from fedtune.train.state_cache import StateCache
+from fedtune.train.task import Task, tokenize
 from fedtune.types import digest_of
 
 _FORMAT = 1  # part of the cache's name: raise it with every change of the pretraining
 
 
 class VisionClient:
-    """A client's half with its task: encoder, connector, embeddings, NanoAdapters."""
+    """A client's half with its task: encoder, connector, embeddings, adapter."""
 
     def __init__(
         self,
@@ -54,19 +59,29 @@ class VisionClient:
         max_tokens: int,
         connector: Path,
         behind: Behind,
+        head: Head | None = None,
     ) -> None:
-        """`table` has the embeddings, `behind` is what answers; raises `UsageError`."""
+        """`table` has the embeddings, `behind` is what answers; raises `UsageError`.
+
+        `head` makes scores of states, if `config.rungs` says that those are the answers.
+        """
         self.encoder = VisionEncoder(config.base.encoder)
         self.connector_path = connector
         self.connector, self.connector_digest = load_connector(
             connector, config.base.connector_digest
         )
-        self.adapter = attach_nano(self.connector, table, Nano(config.adapter.rank), config.seed)
+        self.adapter = attach_adapter(config, self.connector, table, head)
         self.tokenizer = tokenizer
-        self.task = QuestionAnswering(int(tokenizer.pad_token_id or 0), behind)
+        self.pad_id = int(tokenizer.pad_token_id or 0)
+        questions = QuestionAnswering(self.pad_id, behind)
+        self.task: Task = questions
+        if config.adapter.kind == "ladder":
+            cache = StateCache(config.rungs * table.embedding_dim)
+            self.task = LadderAnswering(self.adapter.module, questions, cache)
         self.max_length = min(config.base.max_length, max_tokens - self.connector.tokens)
         self._table = table
         self._features: dict[tuple[Path, ...], Features] = {}
+        self._prepared = 0
 
     def prepare(self, examples: QuestionExamples) -> EncodedQuestions:
         """The questions as the trainer takes them; raises `DataError`."""
@@ -76,7 +91,8 @@ class VisionClient:
         features = self._features[examples.files]
         longest = self.max_length
         tokenized = partial(tokenize, self.tokenizer, max_length=longest + 1)
-        found = encode_questions(tokenized, examples, features, longest)
+        found = encode_questions(tokenized, examples, features, longest, self._prepared)
+        self._prepared += len(found)
         if isinstance(self._table, Table) and (lacking := self._table.lacking(found.texts.ids)):
             raise no_embedding(self.tokenizer.decode(lacking[:1]), len(lacking))
         return found
@@ -120,13 +136,14 @@ class VisionModel:
         one is made of `public_questions`; they are kept in the cache.
         """
         self.base = CausalBase(config.base.path, config.base.digest)
-        self.decoder = AnsweringDecoder(self.base, answers)
+        self.decoder = AnsweringDecoder(self.base, answers, config.rungs)
         self.meter = Meter()
         behind: Behind = WholeModel(self.decoder)
         if config.base.placement == "server":
             # The same arithmetic as over a network, but for the network.
             whole, encoding = InProcessBase(self.decoder), config.split.activations
-            remote = in_process_channel(whole, self.decoder.width, encoding, self.meter)
+            width = self.decoder.width
+            remote = in_process_channel(whole, width, encoding, self.meter, config.rungs)
             behind = AcrossCut(protected(remote, config.split), config.split.labels)
         self.emulator: Emulator | None = None
         if config.base.placement == "emulator":
@@ -135,17 +152,33 @@ class VisionModel:
         table: nn.Embedding = self.base.module.get_input_embeddings()  # type: ignore[operator]
         connector = find_connector(config, self.base, public)
         tokenizer, longest = self.base.tokenizer, self.base.max_tokens
-        self.client = VisionClient(config, tokenizer, table, longest, connector, behind)
+        head = self.decoder.head if config.rungs else None
+        self.client = VisionClient(config, tokenizer, table, longest, connector, behind, head)
         self.adapter, self.task = self.client.adapter, self.client.task
         self.plugged: QuestionAnswering | None = None
         if self.emulator is not None:
-            self.plugged = QuestionAnswering(self.task.pad_id, WholeModel(self.decoder))
+            self.plugged = QuestionAnswering(self.client.pad_id, WholeModel(self.decoder))
         emulated = self.emulator.digest if self.emulator else None
         self.digest = self.client.digest(self.base.digest, answers, emulated)
 
     def prepare(self, examples: QuestionExamples) -> EncodedQuestions:
         """See `VisionClient.prepare`."""
         return self.client.prepare(examples)
+
+
+def attach_adapter(
+    config: Config, connector: Connector, table: nn.Embedding | Table, head: Head | None
+) -> AttachedAdapter:
+    """The client's half with the adapter of the configuration; raises `ConfigError`.
+
+    `head` is there if `config.rungs` is more than 0.
+    """
+    found = config.adapter
+    if found.kind == "ladder":
+        if head is None:
+            raise ValueError("a ladder without a head")
+        return attach_ladder(connector, table, head, config.rungs, found.rank, config.seed)
+    return attach_nano(connector, table, Nano(found.rank, found.output_rank), config.seed, head)
 
 
 def find_connector(config: Config, base: CausalBase, public: Captions | None) -> Path:

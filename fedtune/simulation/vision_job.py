@@ -39,7 +39,8 @@ def vision_job(config: Config) -> Job:
     """The task of the configuration over its questions; raises `UsageError`."""
     torch.set_num_threads(1)  # a thread pool would not survive the fork; see `flower.pool`
     if choose_device(config.train.device).type != "cpu" and config.train.device != "auto":
-        raise ConfigError("adapter.kind = nano trains on the CPU; set train.device = cpu")
+        kind = config.adapter.kind
+        raise ConfigError(f"adapter.kind = {kind} trains on the CPU; set train.device = cpu")
     data = load_questions(config)
     check_cohort(config, len(data.clients))
     model = VisionModel(config, data.answers, data.public, data.public_questions)
@@ -79,8 +80,7 @@ def job_of_vision(
         emulator=model.emulator.digest if model.emulator else None,
         base_name=f"{config.base.path} behind {config.base.encoder}",
         base_digest=model.digest,
-        adapter_words=f"NanoAdapter-I and -T r={config.adapter.rank}{placement}"
-        + method_words(config),
+        adapter_words=_adapter_words(config) + placement + method_words(config),
         clients=tuple(clients),
         test=model.prepare(test) if test else None,
         labels=answers,
@@ -93,6 +93,15 @@ def job_of_vision(
         meter=model.meter,
         cut_width=model.decoder.width,
     )
+
+
+def _adapter_words(config: Config) -> str:
+    found = config.adapter
+    if found.kind == "ladder":
+        return f"ladder of {found.rungs} rungs, {found.rank} wide"
+    if found.output_rank is None:
+        return f"NanoAdapter-I and -T r={found.rank}"
+    return f"NanoAdapter-I and -T r={found.rank}, -O r={found.output_rank}"
 
 
 def load_questions(config: Config) -> FederatedQuestions:

@@ -58,10 +58,10 @@ class Batcher:
         return waiting.result
 
     def pull_back(self, client: int, number: int, upstream: NDArray[np.float32]) -> Future[Result]:
-        """The gradient of a request of kind `OPEN`; `upstream` is flat.
+        """The gradient of a request of kind `OPEN`; `upstream` is by its outputs.
 
         Raises `NotAnswered` if its graph is not kept, `ValueError` for another size than that of
-        the logits.
+        the outputs.
         """
         now = time.monotonic()
         with self._changed:

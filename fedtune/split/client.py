@@ -15,10 +15,10 @@ from typing import Self, TypeVar, cast
 
 import numpy as np
 
-from fedtune.errors import BaseRefused, BaseUnreachable, TrainingError
+from fedtune.errors import BaseRefused, BaseUnreachable, MalformedMessage, TrainingError
 from fedtune.secagg.keys import Identity, Roster
 from fedtune.split.connection import Broken, Connection, check_address
-from fedtune.train.activations import Encoding
+from fedtune.train.activations import Encoding, OutputCoding, decode
 from fedtune.train.channel import Channel, Int64Array, Meter
 from fedtune.train.remote import Float32Array
 from fedtune.wire.split import (
@@ -84,7 +84,7 @@ class GrpcBase(Channel):
             return Connection(address, authority, identity, roster, terms, seconds)
 
         self._network = _Network(address, connect, terms, patience)
-        super().__init__(self._network, cast(Encoding, terms.encoding), meter)
+        super().__init__(self._network, cast(Encoding, terms.encoding), meter, terms.rungs)
 
     def close(self) -> None:
         """End the connection; who waits for an answer is told so."""
@@ -112,6 +112,7 @@ class _Network:
         patience: Patience,
     ) -> None:
         self._address, self._connect, self._terms = address, connect, terms
+        self._outputs = OutputCoding(terms.rungs, cast(Encoding, terms.encoding))
         self._patience = patience
         self._turn = threading.Lock()
         self._connection: Connection | None = None
@@ -125,29 +126,27 @@ class _Network:
 
         def attempt(deadline: float) -> tuple[Float32Array, bytes]:
             answer = self._ask(Kind.DIFFERENTIATE, tokens, lengths, labels, deadline)
-            return self._values(answer, len(lengths)), answer.gradient
+            return self._losses(answer, len(lengths)), answer.gradient
 
         return self._persist(attempt)
 
-    def scores(self, tokens: bytes, lengths: Int64Array) -> Float32Array:
-        """See `Carrier.scores`."""
+    def outputs(self, tokens: bytes, lengths: Int64Array) -> bytes:
+        """See `Carrier.outputs`."""
+        return self._persist(lambda left: self._found(Kind.OUTPUTS, tokens, lengths, left))
 
-        def attempt(deadline: float) -> Float32Array:
-            answer = self._ask(Kind.SCORES, tokens, lengths, NO_LABELS, deadline)
-            return self._logits(answer, len(lengths))
-
-        return self._persist(attempt)
+    def activations(self, tokens: bytes, lengths: Int64Array) -> bytes:
+        """See `Carrier.activations`."""
+        return self._persist(lambda left: self._found(Kind.ACTIVATIONS, tokens, lengths, left))
 
     def pull_back(
-        self, tokens: bytes, lengths: Int64Array, upstream: Callable[[Float32Array], Float32Array]
-    ) -> tuple[Float32Array, bytes]:
+        self, tokens: bytes, lengths: Int64Array, upstream: Callable[[bytes], bytes]
+    ) -> tuple[bytes, bytes]:
         """See `Carrier.pull_back`."""
 
-        def attempt(deadline: float) -> tuple[Float32Array, bytes]:
-            answer = self._ask(Kind.OPEN, tokens, lengths, NO_LABELS, deadline)
-            logits = self._logits(answer, len(lengths))
-            step = Upstream(self._number, _left(deadline), upstream(logits).reshape(-1))
-            return logits, self._answered(step, deadline).gradient
+        def attempt(deadline: float) -> tuple[bytes, bytes]:
+            outputs = self._found(Kind.OPEN, tokens, lengths, deadline)
+            step = Upstream(self._number, _left(deadline), upstream(outputs))
+            return outputs, self._answered(step, deadline).gradient
 
         return self._persist(attempt)
 
@@ -229,14 +228,20 @@ class _Network:
             )
         return BaseRefused(f"{self._address}: the server failed at a request; see its log")
 
-    def _logits(self, answer: Answer, examples: int) -> Float32Array:
-        count = self._terms.answer_count
-        return self._values(answer, examples * count).reshape(examples, count)
-
-    def _values(self, answer: Answer, expected: int) -> Float32Array:
-        if len(answer.values) != expected:
-            raise self._strange(f"{len(answer.values)} values instead of {expected}")
+    def _found(self, kind: Kind, tokens: bytes, lengths: Int64Array, deadline: float) -> bytes:
+        """The outputs that a request is answered with, of the agreed kind and size."""
+        answer = self._ask(kind, tokens, lengths, NO_LABELS, deadline)
+        try:
+            self._outputs.decode(answer.values, len(lengths), self._terms.output_values)
+        except MalformedMessage as error:
+            raise self._strange(str(error)) from error
         return answer.values
+
+    def _losses(self, answer: Answer, examples: int) -> Float32Array:
+        try:
+            return decode(answer.values, 1, examples, "float32").reshape(examples)
+        except MalformedMessage as error:
+            raise self._strange(str(error)) from error
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

@@ -42,7 +42,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """Losses `[n]` and gradient `[tokens, width]`, or logits `[n, answers]`; all float32.
+    """Losses `[n]` and gradient `[tokens, width]`, or outputs `[n, size]`; all float32.
 
     Without what was not asked for; `finite` says whether all of it is.
     """
@@ -65,31 +65,31 @@ class Graph:
         self.rows = len(batch.lengths)
 
     def shape(self, place: int) -> tuple[int, ...]:
-        """Of the logits of the work at this place of the batch: `(n, answers)`."""
-        return tuple(self._batch.logits[self._batch.rows(place)].shape)
+        """Of the outputs of the work at this place of the batch: `(n, size)`."""
+        return tuple(self._batch.outputs[self._batch.rows(place)].shape)
 
     def pull_back(self, upstreams: Mapping[int, Float32Array], last: bool) -> dict[int, Result]:
         """Gradients by the tokens of the works at these places of the batch.
 
-        `upstreams` are float32 `[n, answers]`, by place. After the `last` call it is used up.
+        `upstreams` are float32 `[n, size]`, by place. After the `last` call it is used up.
         """
         batch = self._batch
-        weights = torch.zeros_like(batch.logits)
+        weights = torch.zeros_like(batch.outputs)
         for place, upstream in upstreams.items():
             weights[batch.rows(place)] = torch.from_numpy(upstream).to(weights.device)
-        (gradient,) = torch.autograd.grad(batch.logits, batch.x, weights, retain_graph=not last)
+        (gradient,) = torch.autograd.grad(batch.outputs, batch.x, weights, retain_graph=not last)
         return {place: Result(gradient=batch.tokens(gradient, place)) for place in upstreams}
 
 
 def compute(decoder: AnsweringDecoder, works: Sequence[Work]) -> tuple[list[Result], Graph | None]:
     """One result per request, and the graph if one of them is of kind `OPEN`."""
     kinds = {work.kind for work in works}
-    if kinds == {Kind.SCORES}:
+    if not kinds & {Kind.DIFFERENTIATE, Kind.OPEN}:
         with torch.inference_mode():
             batch = _Batch(decoder, works, differentiable=False)
-        return [batch.scored(place) for place in range(len(works))], None
+        return [batch.result(place) for place in range(len(works))], None
     batch = _Batch(decoder, works, differentiable=True)
-    found = [batch.scored(place) for place in range(len(works))]
+    found = [batch.result(place) for place in range(len(works))]
     if Kind.DIFFERENTIATE in kinds:
         batch.differentiate(found, retain=Kind.OPEN in kinds)
     return found, Graph(batch) if Kind.OPEN in kinds else None
@@ -106,7 +106,7 @@ class _Batch:
         padded[self._counting(slice(None))] = np.concatenate([work.tokens for work in works])
         self.x = torch.from_numpy(padded).to(decoder.device).requires_grad_(differentiable)
         lengths = torch.from_numpy(self.lengths).to(decoder.device)
-        self.logits: Tensor = decoder.scores(self.x, lengths)
+        self.outputs: Tensor = decoder.outputs(self.x, lengths)
 
     def rows(self, place: int) -> slice:
         return slice(int(self._starts[place]), int(self._starts[place + 1]))
@@ -117,17 +117,17 @@ class _Batch:
         found: Float32Array = values[rows].cpu().numpy()[self._counting(rows)]
         return found
 
-    def scored(self, place: int) -> Result:
-        # A copy: else one request's logits would hold the memory of all.
-        return Result(values=self.logits[self.rows(place)].detach().cpu().numpy().copy())
+    def result(self, place: int) -> Result:
+        # A copy: else one request's outputs would hold the memory of all.
+        return Result(values=self.outputs[self.rows(place)].detach().cpu().numpy().copy())
 
     def differentiate(self, found: list[Result], retain: bool) -> None:
         """Put losses and gradients in the places of those that asked for them."""
         asked = [p for p, work in enumerate(self._works) if work.kind == Kind.DIFFERENTIATE]
         losses = {}
         for place in asked:
-            labels = torch.from_numpy(self._works[place].labels).to(self.logits.device)
-            logits = self.logits[self.rows(place)]
+            labels = torch.from_numpy(self._works[place].labels).to(self.outputs.device)
+            logits = self.outputs[self.rows(place)]
             losses[place] = functional.cross_entropy(logits, labels, reduction="none")
         total = torch.cat(list(losses.values())).sum()
         (gradient,) = torch.autograd.grad(total, self.x, retain_graph=retain)

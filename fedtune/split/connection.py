@@ -51,6 +51,7 @@ _DIFFERENT = {
     "width": "embeddings of another width; compare base.digest and base.connector-digest",
     "answer_count": "another number of answers; compare data.labels",
     "encoding": "another encoding of embeddings; compare split.activations",
+    "rungs": "outputs of another kind; compare adapter.kind, output-rank and rungs",
 }
 
 

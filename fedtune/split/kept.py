@@ -1,6 +1,6 @@
 """Graphs that are kept because the second step of a client is awaited, where labels stay there.
 
-Clients of one batch get their logits at one moment, so their second steps come at about one
+Clients of one batch get their outputs at one moment, so their second steps come at about one
 moment too, and are computed together.
 """
 
@@ -23,7 +23,7 @@ Key = tuple[int, int]  # client and number of the request
 
 @dataclass(eq=False)
 class Step:
-    """A second step: the gradient of a loss by the logits, `[n, answers]`."""
+    """A second step: the gradient of a loss by the outputs, `[n, size]`."""
 
     upstream: NDArray[np.float32]
     arrived: float
@@ -75,7 +75,7 @@ class KeptGraphs:
     def step(self, key: Key, upstream: NDArray[np.float32], now: float) -> Future[Result]:
         """A second step came; raises `NotAnswered` if its graph is not there (any more).
 
-        Raises `ValueError` if `upstream` (flat) is not of the size of the logits.
+        Raises `ValueError` if `upstream` (flat) is not of the size of the outputs.
         """
         for kept in self._kept:
             if key in kept.awaited and key not in kept.steps:

@@ -41,7 +41,7 @@ class Tls:
 def terms_of(decoder: AnsweringDecoder, federation: str, encoding: Encoding) -> Terms:
     """What a server with this decoder works on; `federation` is `Config.digest`."""
     base = decoder.base.digest
-    return Terms.of(federation, base, decoder.tokens, decoder.width, encoding)
+    return Terms.of(federation, base, decoder.tokens, decoder.width, encoding, decoder.rungs)
 
 
 class SplitServer:

@@ -21,7 +21,7 @@ from fedtune.split.compute import Result, Work
 from fedtune.split.counters import Counters
 from fedtune.split.introduction import check_introduction, new_challenge
 from fedtune.split.waiting import NotAnswered
-from fedtune.train.activations import Encoding, decode, encode
+from fedtune.train.activations import Encoding, OutputCoding, decode, encode
 from fedtune.train.channel import LABEL_BYTES, CutTraffic
 from fedtune.wire.split import (
     Answer,
@@ -54,6 +54,16 @@ class Host:
     limits: Limits
     batcher: Batcher
     counters: Counters
+
+    @property
+    def encoding(self) -> Encoding:
+        """Of embeddings and their gradients."""
+        return cast(Encoding, self.description.terms.encoding)
+
+    @property
+    def outputs(self) -> OutputCoding:
+        """Of outputs and their gradients."""
+        return OutputCoding(self.description.terms.rungs, self.encoding)
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class Session:
         tokens = int(request.lengths.sum())
         if not host.batcher.has_room(tokens * terms.width * 4):  # float32
             return Reason.BUSY
-        values = decode(request.embeddings, tokens, terms.width, cast(Encoding, terms.encoding))
+        values = decode(request.embeddings, tokens, terms.width, host.encoding)
         work = Work(request.kind, values, request.lengths, request.labels)
         try:
             result = host.batcher.submit(self._id, request.number, work, request.patience / 1000)
@@ -168,13 +178,13 @@ class Session:
         passed = self._opened.pop(upstream.number, None)
         if passed is None:
             return Reason.FORGOTTEN
+        values = self._host.description.terms.output_values
+        gradient = self._host.outputs.decode(upstream.gradient, len(passed.lengths), values)
         try:
-            result = self._host.batcher.pull_back(self._id, upstream.number, upstream.gradient)
+            result = self._host.batcher.pull_back(self._id, upstream.number, gradient)
         except NotAnswered as refused:
             return refused.reason
-        except ValueError as error:
-            raise MalformedMessage("an upstream of another size than its logits") from error
-        up = passed.up + upstream.gradient.nbytes
+        up = passed.up + len(upstream.gradient)
         again = _Passed(Kind.DIFFERENTIATE, passed.lengths, up, passed.down)
         self._begin(upstream.number, result, again)
         return None
@@ -201,8 +211,8 @@ class Session:
             self._host.counters.not_answered(refused.reason)
             await self._write(Refusal(number, refused.reason))
             return
-        answer = self._encoded(number, found)
-        down = passed.down + answer.values.nbytes + len(answer.gradient)
+        answer = self._encoded(number, found, passed.kind)
+        down = passed.down + len(answer.values) + len(answer.gradient)
         passed = _Passed(passed.kind, passed.lengths, passed.up, down)
         if passed.kind == Kind.OPEN:
             self._opened[number] = passed
@@ -212,10 +222,14 @@ class Session:
         if passed.kind != Kind.OPEN:
             self._host.counters.passed(self.name, _traffic(passed))
 
-    def _encoded(self, number: int, found: Result) -> Answer:
-        values = np.zeros(0, np.float32) if found.values is None else found.values.reshape(-1)
-        encoding = cast(Encoding, self._host.description.terms.encoding)
-        gradient = b"" if found.gradient is None else encode(found.gradient, encoding)
+    def _encoded(self, number: int, found: Result, kind: Kind) -> Answer:
+        values, gradient = b"", b""
+        if found.values is not None and kind == Kind.DIFFERENTIATE:
+            values = encode(found.values, "float32")
+        elif found.values is not None:
+            values = self._host.outputs.encode(found.values)
+        if found.gradient is not None:
+            gradient = encode(found.gradient, self._host.encoding)
         return Answer(number, values, gradient)
 
     async def _hear(self, seconds: float | None) -> FromClient | None:
@@ -252,7 +266,7 @@ class Session:
 
 
 def _traffic(passed: _Passed) -> CutTraffic:
-    if passed.kind == Kind.SCORES:
+    if passed.kind == Kind.OUTPUTS:
         return CutTraffic(evaluated=len(passed.lengths), evaluation_bytes=passed.up + passed.down)
     tokens = int(passed.lengths.sum())
     return CutTraffic(len(passed.lengths), tokens, passed.up, passed.down)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -59,3 +60,27 @@ def decode(data: bytes, tokens: int, width: int, encoding: Encoding) -> NDArray[
     if not np.isfinite(found).all():
         raise MalformedMessage("a value of a token is not finite")
     return found.astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True)
+class OutputCoding:
+    """How a base model's outputs and the gradients by them travel, `[n, size]` on both sides.
+
+    States as embeddings do, `rungs` of them an example. Scores (`rungs` 0) are few: in float32.
+    """
+
+    rungs: int
+    encoding: Encoding
+
+    def encode(self, outputs: NDArray[np.float32]) -> bytes:
+        """Outputs of examples, float32 `[n, size]`."""
+        if not self.rungs:
+            return encode(outputs, "float32")
+        return encode(outputs.reshape(len(outputs) * self.rungs, -1), self.encoding)
+
+    def decode(self, data: bytes, examples: int, values: int) -> NDArray[np.float32]:
+        """They again; `values` are the answers, or those of a state. Raises `MalformedMessage`."""
+        encoding = self.encoding if self.rungs else "float32"
+        found = decode(data, examples * max(1, self.rungs), values, encoding)
+        # What was decoded without a copy cannot be written to, which torch does not like.
+        return np.require(found.reshape(examples, -1), requirements="W")

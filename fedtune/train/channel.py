@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import MalformedMessage, TrainingError
-from fedtune.train.activations import Encoding, decode, encode
+from fedtune.train.activations import Encoding, OutputCoding, decode, encode
 from fedtune.train.remote import Float32Array, RemoteBase
 
 LABEL_BYTES = 4  # of one on the wire
@@ -24,7 +24,7 @@ Int64Array = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class CutTraffic:
-    """Bytes of embeddings, gradients and scores that passed the cut, and for how many examples.
+    """Bytes of embeddings, gradients and outputs that passed the cut, and for how many examples.
 
     `tokens` is how many the trained examples had: with 2 × tokens × width × bytes, the least that
     could pass. Frames and headers are not in it.
@@ -72,7 +72,8 @@ class Meter:
 class Carrier(Protocol):
     """Brings encoded tokens to a base model, and its answers back; as `RemoteBase`, in bytes.
 
-    `tokens` are those that count, one example's after another's; so are gradients.
+    `tokens` are those that count, one example's after another's; so are gradients. Outputs and
+    gradients by them are as `OutputCoding` has them.
     """
 
     def differentiate(
@@ -80,13 +81,16 @@ class Carrier(Protocol):
     ) -> tuple[Float32Array, bytes]:
         """See `RemoteBase.differentiate`."""
 
-    def scores(self, tokens: bytes, lengths: Int64Array) -> Float32Array:
-        """See `RemoteBase.scores`."""
+    def outputs(self, tokens: bytes, lengths: Int64Array) -> bytes:
+        """See `RemoteBase.outputs`."""
+
+    def activations(self, tokens: bytes, lengths: Int64Array) -> bytes:
+        """See `RemoteBase.activations`."""
 
     def pull_back(
-        self, tokens: bytes, lengths: Int64Array, upstream: Callable[[Float32Array], Float32Array]
-    ) -> tuple[Float32Array, bytes]:
-        """The logits, and the gradient by the tokens: see `RemoteBase.pull_back`."""
+        self, tokens: bytes, lengths: Int64Array, upstream: Callable[[bytes], bytes]
+    ) -> tuple[bytes, bytes]:
+        """The outputs, and the gradient by the tokens: see `RemoteBase.pull_back`."""
 
 
 class Channel:
@@ -95,10 +99,12 @@ class Channel:
     What was carried in vain, because the other side had to be asked again, is not counted.
     """
 
-    def __init__(self, carrier: Carrier, encoding: Encoding, meter: Meter) -> None:
+    def __init__(self, carrier: Carrier, encoding: Encoding, meter: Meter, rungs: int = 0) -> None:
+        """`rungs` is the base model's."""
         self._carrier = carrier
         self._encoding = encoding
         self._meter = meter
+        self._outputs = OutputCoding(rungs, encoding)
 
     def differentiate(
         self, embeddings: Float32Array, lengths: Int64Array, labels: Int64Array
@@ -111,13 +117,20 @@ class Channel:
         self._count(lengths, up, len(gradient) + losses.nbytes)
         return losses, found
 
-    def scores(self, embeddings: Float32Array, lengths: Int64Array) -> Float32Array:
-        """See `RemoteBase.scores`."""
+    def outputs(self, embeddings: Float32Array, lengths: Int64Array) -> Float32Array:
+        """See `RemoteBase.outputs`."""
         sent = pack(embeddings, lengths, self._encoding)
-        found = self._carrier.scores(sent, lengths)
-        passed = len(sent) + found.nbytes
+        found = self._carrier.outputs(sent, lengths)
+        passed = len(sent) + len(found)
         self._meter.add(CutTraffic(evaluated=len(lengths), evaluation_bytes=passed))
-        return found
+        return self._decoded(found, embeddings)
+
+    def activations(self, embeddings: Float32Array, lengths: Int64Array) -> Float32Array:
+        """See `RemoteBase.activations`."""
+        sent = pack(embeddings, lengths, self._encoding)
+        found = self._carrier.activations(sent, lengths)
+        self._count(lengths, len(sent), len(found))
+        return self._decoded(found, embeddings)
 
     def pull_back(
         self,
@@ -127,10 +140,27 @@ class Channel:
     ) -> Float32Array:
         """See `RemoteBase.pull_back`."""
         sent = pack(embeddings, lengths, self._encoding)
-        logits, gradient = self._carrier.pull_back(sent, lengths, upstream)
+
+        def encoded(outputs: bytes) -> bytes:
+            gradient = upstream(self._decoded(outputs, embeddings))
+            _check_finite(gradient)
+            return self._outputs.encode(gradient)
+
+        outputs, gradient = self._carrier.pull_back(sent, lengths, encoded)
         found = self._unpacked(gradient, lengths, embeddings.shape)
-        self._count(lengths, len(sent) + logits.nbytes, len(gradient) + logits.nbytes)
+        # The gradient by the outputs is as long as they are.
+        self._count(lengths, len(sent) + len(outputs), len(gradient) + len(outputs))
         return found
+
+    def _decoded(self, outputs: bytes, embeddings: Float32Array) -> Float32Array:
+        """Of examples with these embeddings."""
+        examples, _, width = embeddings.shape
+        # How many answers there are only the carrier knows, and it has looked.
+        values = width if self._outputs.rungs else len(outputs) // (4 * examples)
+        try:
+            return self._outputs.decode(outputs, examples, values)
+        except MalformedMessage as error:
+            raise TrainingError(f"the base model's outputs are none: {error}") from error
 
     def _unpacked(
         self, gradient: bytes, lengths: Int64Array, shape: tuple[int, ...]
@@ -147,9 +177,10 @@ class Channel:
 class InProcessCarrier:
     """Carries to a base model in this process: the same arithmetic as over a network."""
 
-    def __init__(self, remote: RemoteBase, width: int, encoding: Encoding) -> None:
-        """`width` is that of the base model's embeddings."""
+    def __init__(self, remote: RemoteBase, width: int, encoding: Encoding, rungs: int = 0) -> None:
+        """`width` is that of the base model's embeddings; `rungs` are its states, 0 for scores."""
         self._remote, self._width, self._encoding = remote, width, encoding
+        self._outputs = OutputCoding(rungs, encoding)
 
     def differentiate(
         self, tokens: bytes, lengths: Int64Array, labels: Int64Array
@@ -158,21 +189,26 @@ class InProcessCarrier:
         losses, gradient = self._remote.differentiate(self._there(tokens, lengths), lengths, labels)
         return losses, pack(gradient, lengths, self._encoding)
 
-    def scores(self, tokens: bytes, lengths: Int64Array) -> Float32Array:
-        """See `Carrier.scores`."""
-        return self._remote.scores(self._there(tokens, lengths), lengths)
+    def outputs(self, tokens: bytes, lengths: Int64Array) -> bytes:
+        """See `Carrier.outputs`."""
+        return self._outputs.encode(self._remote.outputs(self._there(tokens, lengths), lengths))
+
+    def activations(self, tokens: bytes, lengths: Int64Array) -> bytes:
+        """See `Carrier.activations`."""
+        return self._outputs.encode(self._remote.activations(self._there(tokens, lengths), lengths))
 
     def pull_back(
-        self, tokens: bytes, lengths: Int64Array, upstream: Callable[[Float32Array], Float32Array]
-    ) -> tuple[Float32Array, bytes]:
+        self, tokens: bytes, lengths: Int64Array, upstream: Callable[[bytes], bytes]
+    ) -> tuple[bytes, bytes]:
         """See `Carrier.pull_back`."""
-        seen: list[Float32Array] = []
+        seen: list[bytes] = []
 
-        def watched(logits: Float32Array) -> Float32Array:
-            seen.append(logits)
-            return upstream(logits)
+        def carried(outputs: Float32Array) -> Float32Array:
+            seen.append(self._outputs.encode(outputs))
+            values = outputs.shape[1] // max(1, self._outputs.rungs)
+            return self._outputs.decode(upstream(seen[-1]), len(outputs), values)
 
-        gradient = self._remote.pull_back(self._there(tokens, lengths), lengths, watched)
+        gradient = self._remote.pull_back(self._there(tokens, lengths), lengths, carried)
         return seen[-1], pack(gradient, lengths, self._encoding)
 
     def _there(self, tokens: bytes, lengths: Int64Array) -> Float32Array:
@@ -182,11 +218,15 @@ class InProcessCarrier:
 def pack(values: Float32Array, lengths: Int64Array, encoding: Encoding) -> bytes:
     """The tokens of `[n, longest, width]` that count, encoded; `TrainingError` if not finite."""
     found = values[_counting(values.shape[1], lengths)]
-    if not np.isfinite(found).all():
-        raise TrainingError(
-            "an embedding or its gradient is not finite: training has diverged; lower train.lr"
-        )
+    _check_finite(found)
     return encode(found, encoding)
+
+
+def _check_finite(values: Float32Array) -> None:
+    if not np.isfinite(values).all():
+        raise TrainingError(
+            "an embedding or a gradient is not finite: training has diverged; lower train.lr"
+        )
 
 
 def unpack(
@@ -208,6 +248,8 @@ def _counting(longest: int, lengths: Int64Array) -> NDArray[np.bool_]:
     return found
 
 
-def in_process_channel(remote: RemoteBase, width: int, encoding: Encoding, meter: Meter) -> Channel:
+def in_process_channel(
+    remote: RemoteBase, width: int, encoding: Encoding, meter: Meter, rungs: int = 0
+) -> Channel:
     """A channel to a base model in this process, whose embeddings have `width` values."""
-    return Channel(InProcessCarrier(remote, width, encoding), encoding, meter)
+    return Channel(InProcessCarrier(remote, width, encoding, rungs), encoding, meter, rungs)

@@ -17,9 +17,9 @@ class Protected:
     """A `RemoteBase` to which each embedding goes clipped and with noise (Shen et al. 2023).
 
     It stands before the encoding, so what is sent is rounded noise, not noise on what was rounded.
-    Every call draws anew, in training as in evaluation. Losses, scores and gradients that come back
-    are those at the noisy point; gradients are taken on to the embedding before it was clipped.
-    Filled-up places are not sent, and stay zero. Not to be shared between threads.
+    Every call draws anew, in training as in evaluation. Losses, outputs and gradients that come
+    back are those at the noisy point; gradients are taken on to the embedding before it was
+    clipped. Filled-up places are not sent, and stay zero. Not to be shared between threads.
     """
 
     def __init__(self, remote: RemoteBase, privacy: MetricPrivacy) -> None:
@@ -36,9 +36,13 @@ class Protected:
         )
         return losses, self._before_clipping(gradient, embeddings, lengths)
 
-    def scores(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
-        """See `RemoteBase.scores`."""
-        return self._remote.scores(self._released(embeddings, lengths), lengths)
+    def outputs(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+        """See `RemoteBase.outputs`."""
+        return self._remote.outputs(self._released(embeddings, lengths), lengths)
+
+    def activations(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+        """See `RemoteBase.activations`."""
+        return self._remote.activations(self._released(embeddings, lengths), lengths)
 
     def pull_back(
         self,

@@ -25,12 +25,14 @@ class EncodedQuestions:
 
     The rows are what an image encoder sees (float16 `[images, width]`), or on a device the tokens
     that a connector makes of it (float32 `[images, tokens, width]`). They are shared by all who
-    select from one set, and by forked workers.
+    select from one set, and by forked workers. `numbers` (int64 `[n]`) tell the questions apart
+    that were prepared in one process.
     """
 
     texts: TokenizedTexts
     images: NDArray[np.int64]
     features: Features | NDArray[np.float32]
+    numbers: NDArray[np.int64]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -55,7 +57,9 @@ class EncodedQuestions:
 
     def select(self, rows: NDArray[np.int64]) -> EncodedQuestions:
         """The questions of these rows."""
-        return EncodedQuestions(self.texts.select(rows), self.images[rows], self.features)
+        return EncodedQuestions(
+            self.texts.select(rows), self.images[rows], self.features, self.numbers[rows]
+        )
 
     def concatenate(self, others: Sequence[EncodedQuestions]) -> EncodedQuestions:
         """These questions and then those of `others`."""
@@ -73,6 +77,7 @@ class EncodedQuestions:
             self.texts.concatenate([part.texts for part in others]),
             np.concatenate(images),
             features[0] if len(features) == 1 else np.concatenate(features),
+            np.concatenate([part.numbers for part in parts]),
         )
 
 
@@ -81,11 +86,13 @@ def encode_questions(
     examples: QuestionExamples,
     features: Features | NDArray[np.float32],
     max_length: int,
+    first: int = 0,
 ) -> EncodedQuestions:
     """Tokenize once what is trained on every round; `features` has a row for each of its files.
 
-    `tokenize` cuts nothing that has up to one token more than `max_length`. Raises `DataError` for
-    a question that is longer than `max_length` tokens: cut, it would be another question.
+    The questions are numbered from `first`. `tokenize` cuts nothing that has up to one token more
+    than `max_length`. Raises `DataError` for a question that is longer than `max_length` tokens:
+    cut, it would be another question.
     """
     texts = tuple(PROMPT.format(question=question) for question in examples.questions)
     found = tokenize(TextExamples(texts, examples.labels))
@@ -95,7 +102,8 @@ def encode_questions(
             f"the question {examples.questions[row]!r} has more than base.max-length = "
             f"{max_length} tokens"
         )
-    return EncodedQuestions(found, examples.images, features)
+    numbers = np.arange(first, first + len(found))
+    return EncodedQuestions(found, examples.images, features, numbers)
 
 
 def no_embedding(word: str, tokens: int) -> DataError:

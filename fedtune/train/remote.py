@@ -12,6 +12,8 @@ from fedtune.train.cross_entropy import cross_entropy, cross_entropy_slope
 
 Float32Array = NDArray[np.float32]
 Labels = Literal["server", "client"]
+# Outputs of a base model → their mean loss, and the gradient of the sum of losses by them.
+Judge = Callable[[Float32Array], tuple[float, Float32Array]]
 
 
 class RemoteBase(Protocol):
@@ -27,11 +29,18 @@ class RemoteBase(Protocol):
     ) -> tuple[Float32Array, Float32Array]:
         """Each example's cross-entropy `[n]`, and its gradient by the example's embeddings.
 
-        The gradient has the shape of `embeddings`, zero where they do not count.
+        The gradient has the shape of `embeddings`, zero where they do not count. Only where the
+        outputs are scores.
         """
 
-    def scores(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
-        """Logits of the answers, `[n, answers]`."""
+    def outputs(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+        """Logits of the answers `[n, answers]`, or states `[n, rungs · width]`, to evaluate."""
+
+    def activations(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+        """States `[n, rungs · width]`, to train what stands beside the language model.
+
+        No gradient follows. Only where the outputs are states.
+        """
 
     def pull_back(
         self,
@@ -39,9 +48,9 @@ class RemoteBase(Protocol):
         lengths: NDArray[np.int64],
         upstream: Callable[[Float32Array], Float32Array],
     ) -> Float32Array:
-        """The gradient by `embeddings` of what `upstream` says of the logits.
+        """The gradient by `embeddings` of what `upstream` says of the outputs.
 
-        `upstream` takes the logits and gives the loss's gradient by them, both `[n, answers]`: the
+        `upstream` takes the outputs and gives the loss's gradient by them, both `[n, size]`: the
         answers stay with who asks. Where the other side has to be asked again it is called again.
         """
 
@@ -52,18 +61,28 @@ def differentiate(
     sent: Float32Array,
     lengths: NDArray[np.int64],
     labels: NDArray[np.int64],
+    judge: Judge | None = None,
 ) -> tuple[float, Float32Array]:
-    """The mean loss, and the gradient of the sum of losses at the cut; `where` the labels stay."""
+    """The mean loss, and the gradient of the sum of losses at the cut; `where` the labels stay.
+
+    `judge` says how good outputs are; by default they are scores, and it is cross-entropy.
+    """
     if where == "server":
         losses, gradient = remote.differentiate(sent, lengths, labels)
         return float(losses.mean()), gradient
     found: list[float] = []
 
-    def upstream(scores: Float32Array) -> Float32Array:
-        logits = scores.astype(np.float64)
-        found.append(float(cross_entropy(logits, labels).mean()))
-        return cross_entropy_slope(logits, labels).astype(np.float32)
+    def upstream(outputs: Float32Array) -> Float32Array:
+        loss, slope = judge(outputs) if judge else _cross_entropy(outputs, labels)
+        found.append(loss)
+        return slope
 
     gradient = remote.pull_back(sent, lengths, upstream)
     # Of several tries the last one counts.
     return found[-1], gradient
+
+
+def _cross_entropy(scores: Float32Array, labels: NDArray[np.int64]) -> tuple[float, Float32Array]:
+    logits = scores.astype(np.float64)
+    slope = cross_entropy_slope(logits, labels).astype(np.float32)
+    return float(cross_entropy(logits, labels).mean()), slope

@@ -1,7 +1,8 @@
 """What travels between a client and the server of its base model: typed messages to bytes and back.
 
 As in `codec`, decoding is strict and bounded: by the size of a message before it is parsed, then by
-what both sides know of each other. What embeddings hold is judged by who decodes their encoding.
+what both sides know of each other. What embeddings, outputs and gradients hold is judged by who
+decodes their encoding.
 """
 
 from __future__ import annotations
@@ -25,20 +26,23 @@ from fedtune.wire.v1 import split_pb2 as pb
 NONCE_BYTES = 32
 # All of a message but its arrays; an introduction has a name of four bytes per character.
 REST_BYTES = 4 * MAX_NAME + 512
-_NUMBERS, _VALUES = np.dtype("<u4"), np.dtype("<f4")
+_NUMBERS = np.dtype("<u4")
 _LARGEST = 2**32 - 1
 
 Int64Array = NDArray[np.int64]
-Float32Array = NDArray[np.float32]
 Part = TypeVar("Part")
 
 
 class Kind(IntEnum):
-    """What a request asks for; `OPEN` for logits, and then for the gradient of what follows."""
+    """What a request asks for; `OPEN` for outputs, and then for the gradient of what follows.
+
+    `ACTIVATIONS` are outputs too, of examples to train on.
+    """
 
     DIFFERENTIATE = 1
-    SCORES = 2
+    OUTPUTS = 2
     OPEN = 3
+    ACTIVATIONS = 4
 
 
 class Reason(IntEnum):
@@ -67,11 +71,26 @@ class Terms:
     width: int
     answer_count: int
     encoding: str
+    rungs: int = 0  # states of an example; 0: the outputs are scores
 
     @classmethod
-    def of(cls, federation: str, base: str, tokens: Int64Array, width: int, encoding: str) -> Terms:
+    def of(
+        cls,
+        federation: str,
+        base: str,
+        tokens: Int64Array,
+        width: int,
+        encoding: str,
+        rungs: int = 0,
+    ) -> Terms:
         """With the answers' first tokens, int64 `[answers]`, in their order."""
-        return cls(federation, base, digest_of(tokens.tolist()), width, len(tokens), encoding)
+        answers = digest_of(tokens.tolist())
+        return cls(federation, base, answers, width, len(tokens), encoding, rungs)
+
+    @property
+    def output_values(self) -> int:
+        """Values of a state, or scores of an example."""
+        return self.width if self.rungs else self.answer_count
 
     @cached_property
     def digest(self) -> bytes:
@@ -79,7 +98,7 @@ class Terms:
         return bytes.fromhex(digest_of([getattr(self, name) for name in _TERMS]))
 
 
-_TERMS = ("federation", "base", "answers", "width", "answer_count", "encoding")
+_TERMS = ("federation", "base", "answers", "width", "answer_count", "encoding", "rungs")
 
 
 @dataclass(frozen=True)
@@ -119,11 +138,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Upstream:
-    """The gradient of a loss by the logits of the request `number`, float32 `[values]`."""
+    """The encoded gradient of a loss by the outputs of the request `number`."""
 
     number: int
     patience: int
-    gradient: Float32Array = field(repr=False)
+    gradient: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -140,10 +159,10 @@ class Welcome:
 
 @dataclass(frozen=True)
 class Answer:
-    """Losses or logits (float32, flat) and encoded gradients of a request."""
+    """Losses (float32) or encoded outputs, and encoded gradients, of a request."""
 
     number: int
-    values: Float32Array = field(repr=False)
+    values: bytes = field(repr=False)
     gradient: bytes = field(repr=False)
 
 
@@ -184,6 +203,7 @@ def encode_description(description: Description) -> bytes:
             examples=description.examples,
             tokens=description.tokens,
             message_bytes=description.message_bytes,
+            rungs=terms.rungs,
         )
     )
 
@@ -197,7 +217,8 @@ def decode_description(payload: bytes) -> Description:
     if not message.encoding.isascii() or not message.encoding.isalnum():
         raise MalformedMessage("the description's encoding is no name")
     federation, base, answers = (digest.hex() for digest in digests)
-    terms = Terms(federation, base, answers, message.width, message.answers, message.encoding)
+    sizes = (message.width, message.answers)
+    terms = Terms(federation, base, answers, *sizes, message.encoding, message.rungs)
     return Description(terms, message.examples, message.tokens, message.message_bytes)
 
 
@@ -212,9 +233,7 @@ def encode_from_client(said: FromClient) -> bytes:
         )
         return serialize(pb.FromClient(introduction=introduction))
     if isinstance(said, Upstream):
-        upstream = pb.Upstream(
-            number=said.number, patience=said.patience, gradient=_values(said.gradient)
-        )
+        upstream = pb.Upstream(number=said.number, patience=said.patience, gradient=said.gradient)
         return serialize(pb.FromClient(upstream=upstream))
     request = pb.Request(
         number=said.number,
@@ -234,14 +253,14 @@ def decode_from_client(payload: bytes, here: Description) -> FromClient:
         return _introduction(message.introduction)
     if message.HasField("upstream"):
         upstream = message.upstream
-        return Upstream(
-            _number(upstream.number), upstream.patience, _floats(upstream.gradient, "an upstream")
-        )
+        return Upstream(_number(upstream.number), upstream.patience, upstream.gradient)
     request = message.request
     try:
         kind = Kind(request.kind)
     except ValueError as error:
         raise MalformedMessage(f"a request of the unknown kind {request.kind}") from error
+    if kind == (Kind.DIFFERENTIATE if here.terms.rungs else Kind.ACTIVATIONS):
+        raise MalformedMessage(f"a request of kind {kind}, with {here.terms.rungs} rungs")
     lengths = _numbers(request.lengths, "lengths")
     if not 0 < len(lengths) <= here.examples:
         raise MalformedMessage(f"{len(lengths)} examples in a request, not 1 to {here.examples}")
@@ -266,7 +285,7 @@ def encode_from_server(said: FromServer) -> bytes:
     if isinstance(said, Refusal):
         refusal = pb.Refusal(number=said.number, reason=said.reason)
         return serialize(pb.FromServer(refusal=refusal))
-    answer = pb.Answer(number=said.number, values=_values(said.values), gradient=said.gradient)
+    answer = pb.Answer(number=said.number, values=said.values, gradient=said.gradient)
     return serialize(pb.FromServer(answer=answer))
 
 
@@ -288,7 +307,7 @@ def decode_from_server(payload: bytes, limit: int) -> FromServer:
             ) from error
         return Refusal(_number(message.refusal.number), reason)
     answer = message.answer
-    return Answer(_number(answer.number), _floats(answer.values, "an answer"), answer.gradient)
+    return Answer(_number(answer.number), answer.values, answer.gradient)
 
 
 def _introduction(message: pb.Introduction) -> Introduction:
@@ -313,16 +332,3 @@ def _numbers(data: bytes, what: str) -> Int64Array:
     if len(data) % _NUMBERS.itemsize:
         raise MalformedMessage(f"{what} of {len(data)} bytes are no whole numbers")
     return np.frombuffer(data, _NUMBERS).astype(np.int64)
-
-
-def _values(values: Float32Array) -> bytes:
-    return values.astype(_VALUES, copy=False).tobytes()
-
-
-def _floats(data: bytes, what: str) -> Float32Array:
-    if len(data) % _VALUES.itemsize:
-        raise MalformedMessage(f"{what} of {len(data)} bytes has no whole values")
-    found = np.frombuffer(data, _VALUES).astype(np.float32)
-    if not np.isfinite(found).all():
-        raise MalformedMessage(f"{what} has a value that is not finite")
-    return found

@@ -20,18 +20,22 @@ class WatchingServer:
         self.upstream: list[tuple[Float32Array, Float32Array]] = []  # scores, their gradient
         self.labels: list[NDArray[np.int64]] = []
 
-    def scores(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
-        """See `RemoteBase.scores`."""
+    def outputs(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+        """See `RemoteBase.outputs`."""
         self.seen.append(
             [row[:length].copy() for row, length in zip(embeddings, lengths, strict=True)]
         )
         return embeddings.mean(1) @ self._head
 
+    def activations(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+        """See `RemoteBase.activations`."""
+        return self.outputs(embeddings, lengths)
+
     def differentiate(
         self, embeddings: Float32Array, lengths: NDArray[np.int64], labels: NDArray[np.int64]
     ) -> tuple[Float32Array, Float32Array]:
         """See `RemoteBase.differentiate`; the gradient is of no matter here."""
-        self.scores(embeddings, lengths)
+        self.outputs(embeddings, lengths)
         self.labels.append(labels.copy())
         return np.zeros(len(lengths), np.float32), np.zeros_like(embeddings)
 
@@ -42,6 +46,6 @@ class WatchingServer:
         upstream: Callable[[Float32Array], Float32Array],
     ) -> Float32Array:
         """See `RemoteBase.pull_back`."""
-        scores = self.scores(embeddings, lengths)
+        scores = self.outputs(embeddings, lengths)
         self.upstream.append((scores, upstream(scores)))
         return np.zeros_like(embeddings)

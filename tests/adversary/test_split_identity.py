@@ -49,7 +49,7 @@ def authority(split_keys: Path) -> bytes:
 
 def _use(base: GrpcBase, terms: Terms) -> np.ndarray:
     with base:
-        return base.scores(*some_examples(1, 3, terms.width)[:2])
+        return base.outputs(*some_examples(1, 3, terms.width)[:2])
 
 
 def test_who_is_in_the_roster_is_let_in(
@@ -121,7 +121,7 @@ def test_a_signature_for_another_server_is_of_no_use(
     """Another server, which the client trusts too, passes a challenge on to it."""
     identity = parties.identities["clinic"]
     public = {**parties.roster.keys, SERVER: Identity.generate(SERVER).public_key}
-    other_terms = Terms("cd" * 32, *list(vars(terms).values())[1:6])
+    other_terms = Terms("cd" * 32, *list(vars(terms).values())[1:7])
     for roster, agreed in ((Roster(public), terms), (parties.roster, other_terms)):
         with raw_client(server.port, authority=authority) as relay:
             relayed = introduce(identity, roster, agreed, relay.open())
@@ -197,10 +197,10 @@ def test_two_processes_with_one_key_are_told_so(
         parties.base("clinic", server.port, terms) as second,
     ):
         for base in (first, second):
-            base.scores(*some_examples(1, 3, terms.width)[:2])
+            base.outputs(*some_examples(1, 3, terms.width)[:2])
         with pytest.raises(BaseRefused, match="another process has introduced itself as 'clinic'"):
-            first.scores(*some_examples(1, 3, terms.width)[:2])
-        second.scores(*some_examples(1, 3, terms.width)[:2])
+            first.outputs(*some_examples(1, 3, terms.width)[:2])
+        second.outputs(*some_examples(1, 3, terms.width)[:2])
 
 
 def test_another_authority_is_refused(

@@ -155,7 +155,7 @@ def test_an_upstream_that_cannot_be(
     with member(server.port, parties, "malicious", terms) as raw:
         raw.say(a_request(terms, 1, Kind.OPEN))
         assert isinstance(raw.hear(), Answer)
-        raw.say(Upstream(1, 1000, np.array(values, np.float32)))
+        raw.say(Upstream(1, 1000, np.array(values, np.float32).tobytes()))
         with pytest.raises(Ended) as found:
             raw.hear()
     assert found.value.code == INVALID
@@ -164,7 +164,7 @@ def test_an_upstream_that_cannot_be(
 def test_an_upstream_for_what_is_not_awaited(
     server: SplitServer, parties: Parties, terms: Terms
 ) -> None:
-    step = Upstream(1, 1000, np.ones(15, np.float32))
+    step = Upstream(1, 1000, np.ones(15, np.float32).tobytes())
     forgotten = Refusal(1, Reason.FORGOTTEN)
     with (
         member(server.port, parties, "honest", terms) as other,
@@ -174,7 +174,7 @@ def test_an_upstream_for_what_is_not_awaited(
         assert isinstance(other.hear(), Answer)
         raw.say(step)  # of the other's request
         assert raw.hear() == forgotten
-        raw.say(a_request(terms, 1, Kind.SCORES))
+        raw.say(a_request(terms, 1, Kind.OUTPUTS))
         assert isinstance(raw.hear(), Answer)
         raw.say(step)
         assert raw.hear() == forgotten
@@ -212,7 +212,7 @@ def test_second_steps_that_never_come_count_as_requests(
         for number in (1, 2):
             raw.say(a_request(terms, number, Kind.OPEN))
             assert isinstance(raw.hear(), Answer)
-        raw.say(a_request(terms, 3, Kind.SCORES))
+        raw.say(a_request(terms, 3, Kind.OUTPUTS))
         assert raw.hear() == Refusal(3, Reason.BUSY)
 
 
@@ -227,7 +227,7 @@ def _is_malformed(decode: Any, *arguments: Any) -> bool:
 def _messages(terms: Terms) -> dict[str, bytes]:
     return {
         "request": encode_from_client(a_request(terms, 1, Kind.DIFFERENTIATE)),
-        "upstream": encode_from_client(Upstream(1, 9, np.ones(15, np.float32))),
+        "upstream": encode_from_client(Upstream(1, 9, np.ones(15, np.float32).tobytes())),
     }
 
 
@@ -248,7 +248,7 @@ def test_what_a_server_says_is_read_as_strictly() -> None:
     said = {
         "challenge": Challenge(bytes(32)),
         "welcome": Welcome(),
-        "answer": Answer(1, np.ones(3, np.float32), b"abc"),
+        "answer": Answer(1, bytes(12), b"abc"),
         "refusal": Refusal(1, Reason.BUSY),
     }
     for kind, one in said.items():
@@ -264,8 +264,6 @@ def test_what_a_server_says_is_read_as_strictly() -> None:
         pb.FromServer(refusal=pb.Refusal(number=1, reason=7)),
         pb.FromServer(refusal=pb.Refusal(number=1, reason=0)),
         pb.FromServer(answer=pb.Answer(number=0, values=b"", gradient=b"")),
-        pb.FromServer(answer=pb.Answer(number=1, values=b"abc", gradient=b"")),
-        pb.FromServer(answer=pb.Answer(number=1, values=struct.pack("<f", NAN), gradient=b"")),
     ):
         with pytest.raises(MalformedMessage):
             decode_from_server(wrong.SerializeToString(), 1000)
@@ -280,6 +278,23 @@ def test_a_gradient_that_is_none_is_not_trained_on(gradient: bytes) -> None:
     channel = Channel(Lying(), "float32", Meter())  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match="gradient"):
         channel.differentiate(np.ones((2, 1, 4), np.float32), np.array([1, 1]), np.array([0, 0]))
+
+
+@pytest.mark.parametrize("rungs", [0, 2])
+@pytest.mark.parametrize("outputs", [b"abc", b"\0" * 60, struct.pack("<f", NAN) * 16])
+def test_outputs_that_are_none_are_not_trained_on(outputs: bytes, rungs: int) -> None:
+    class Lying:
+        def outputs(self, tokens: bytes, lengths: Any) -> bytes:
+            return outputs
+
+        def pull_back(self, tokens: bytes, lengths: Any, upstream: Any) -> Any:
+            return outputs, upstream(outputs)
+
+    channel = Channel(Lying(), "float32", Meter(), rungs)  # type: ignore[arg-type]
+    examples = np.ones((2, 1, 4), np.float32), np.array([1, 1])
+    for ask in (channel.outputs, lambda *sent: channel.pull_back(*sent, np.ones_like)):
+        with pytest.raises(TrainingError, match="outputs are none"):
+            ask(*examples)
 
 
 def test_no_embedding_label_or_answer_is_in_a_log(

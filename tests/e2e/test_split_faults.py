@@ -120,7 +120,7 @@ def test_a_server_that_does_not_answer_in_time_is_given_up(
         assert held.entered.acquire(timeout=LONG)
         started = time.monotonic()
         with pytest.raises(BaseUnreachable, match=rf"{HOST}:{server.port}.*within 1 s"):
-            late.scores(*some_examples(2, 7, held.width)[:2])
+            late.outputs(*some_examples(2, 7, held.width)[:2])
         assert time.monotonic() - started < 10
         held.gate.set()
         asked.result(LONG)
@@ -189,7 +189,7 @@ def test_a_client_that_is_always_told_to_come_again_gives_up(
         raw.say(a_request(terms, 3))
         assert raw.hear() == Refusal(3, Reason.BUSY)
         with pytest.raises(BaseUnreachable, match="too much to do; let fewer clients"):
-            c.scores(*some_examples(3, 3, held.width)[:2])
+            c.outputs(*some_examples(3, 3, held.width)[:2])
         held.gate.set()
 
 
@@ -257,7 +257,7 @@ def test_a_server_that_stops_answers_what_it_has_and_refuses_the_rest(
         assert held.entered.acquire(timeout=LONG)
         stopped = pool.submit(server.stop, LONG)
         with pytest.raises(BaseUnreachable, match="being stopped"):
-            b.scores(*some_examples(2, 2, held.width)[:2])
+            b.outputs(*some_examples(2, 2, held.width)[:2])
         assert not stopped.done()
         held.gate.set()
         _same(asked.result(LONG), _alone(held.decoder, 1))
@@ -278,7 +278,7 @@ def test_a_server_that_stops_waits_for_second_steps(
             parties.base("b", server.port, terms, patience=BRIEF) as other,
             pytest.raises(BaseUnreachable, match="being stopped"),
         ):
-            other.scores(embeddings, lengths)
+            other.outputs(embeddings, lengths)
         return np.tanh(logits)
 
     with parties.base("a", server.port, terms) as base:
@@ -311,12 +311,12 @@ def test_training_that_diverged_is_said_so(
         parties.base("a", server.port, terms) as base,
     ):
         with pytest.raises(TrainingError, match=r"lower train\.lr"):
-            base.scores(embeddings * np.inf, lengths)
+            base.outputs(embeddings * np.inf, lengths)
         assert server.status.requests == 0
         signs = np.where(embeddings > 0, np.float32(3e38), np.float32(-3e38))
         with pytest.raises(TrainingError, match=r"lower train\.lr"):
             base.differentiate(signs, lengths, labels)
-        base.scores(embeddings, lengths)
+        base.outputs(embeddings, lengths)
 
 
 def test_a_server_that_failed_at_a_request_is_not_asked_again(
@@ -328,7 +328,7 @@ def test_a_server_that_failed_at_a_request_is_not_asked_again(
         parties.base("a", server.port, terms) as base,
         pytest.raises(BaseRefused, match="see its log"),
     ):
-        base.scores(*some_examples(1, 3, held.width)[:2])
+        base.outputs(*some_examples(1, 3, held.width)[:2])
     assert held.rows == [3]
 
 
@@ -342,7 +342,7 @@ def test_nobody_waits_for_ever(how: str, parties: Parties, terms: Terms, split_k
         with parties.base("a", port, terms, authority, patience=BRIEF) as base:
             started = time.monotonic()
             with pytest.raises(BaseUnreachable, match="is it running"):
-                base.scores(*some_examples(1, 3, terms.width)[:2])
+                base.outputs(*some_examples(1, 3, terms.width)[:2])
             assert time.monotonic() - started < 10
 
 
@@ -354,7 +354,7 @@ def test_somebody_else_at_the_address_is_noticed(parties: Parties, terms: Terms)
         parties.base("a", port, terms) as base,
         pytest.raises(BaseRefused, match="no server of a base model"),
     ):
-        base.scores(*some_examples(1, 3, terms.width)[:2])
+        base.outputs(*some_examples(1, 3, terms.width)[:2])
     other.stop(None)
 
 
@@ -385,7 +385,7 @@ def test_another_federation_is_refused_before_anything_is_sent(
         parties.base("a", server.port, other) as base,
         pytest.raises(BaseRefused, match=words),
     ):
-        base.scores(*some_examples(1, 3, other.width)[:2])
+        base.outputs(*some_examples(1, 3, other.width)[:2])
     assert "fedtune.split" not in {record.name.rpartition(".")[0] for record in caplog.records}
 
 
@@ -420,9 +420,9 @@ def test_an_upstream_may_come_while_another_request_waits(
 ) -> None:
     with serving(held, parties.roster) as server, member(server.port, parties, "a", terms) as raw:
         raw.say(a_request(terms, 1, Kind.OPEN))
-        logits = raw.hear()
+        raw.hear()
         raw.say(a_request(terms, 2))
-        raw.say(Upstream(1, 30_000, np.ones_like(logits.values)))
+        raw.say(Upstream(1, 30_000, np.ones(15, np.float32).tobytes()))
         heard = {said.number: said for said in (raw.hear(), raw.hear())}
     assert len(heard[1].gradient) == int(a_request(terms, 1).lengths.sum()) * terms.width * 4
-    assert len(heard[2].values) == 15
+    assert len(heard[2].values) == 4 * 15

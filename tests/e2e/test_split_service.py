@@ -71,7 +71,7 @@ def _steps(base: Any, seed: int, width: int) -> list[Any]:
     for step in range(6):
         embeddings, lengths, labels = some_examples(10 * seed + step, 2 + seed, width)
         found += base.differentiate(embeddings, lengths, labels)
-        found.append(base.scores(embeddings, lengths))
+        found.append(base.outputs(embeddings, lengths))
         found.append(base.pull_back(embeddings, lengths, np.tanh))
     return found
 
@@ -130,7 +130,7 @@ def test_what_is_more_than_the_server_takes_is_refused_before_it_is_sent(
             embeddings, lengths, _ = some_examples(0, count, decoder.width, longest)
             lengths[:] = longest
             with pytest.raises(BaseRefused, match=words):
-                base.scores(embeddings, lengths)
+                base.outputs(embeddings, lengths)
         embeddings, lengths, _ = some_examples(0, 3, decoder.width, 8)
-        assert base.scores(embeddings, lengths).shape == (3, 5)
+        assert base.outputs(embeddings, lengths).shape == (3, 5)
     assert server.status.requests == 1

@@ -74,6 +74,35 @@ def test_behind_a_cut_the_same_is_learned(runs: Runs, labels: str) -> None:
     np.testing.assert_allclose(split, whole, atol=1e-4)
 
 
+def test_a_gray_box_learns_the_same_behind_a_cut(runs: Runs) -> None:
+    whole = runs("adapter.output-rank=4", "base.placement=client")
+    split = runs("adapter.output-rank=4", "split.labels=client")
+    assert np.abs(adapter_of(whole)).max() > 0.1
+    np.testing.assert_allclose(adapter_of(split), adapter_of(whole), atol=1e-4)
+    trained = SITES * ROUNDS * STEPS * BATCH
+    cut = read_summary(split)["cut"]
+    # A state down and its gradient up are all that is there beside the tokens.
+    assert cut["bytes_up"] == cut["bytes_down"] == (cut["tokens"] + trained) * 64 * 4
+    assert cut["floor"] == cut["bytes_up"] + cut["bytes_down"]
+
+
+def test_a_ladder_learns_from_what_crosses_the_cut_once(runs: Runs) -> None:
+    longer = ("adapter.kind=ladder", "adapter.rungs=2", "train.steps=20", "aggregate.rule=fedavg")
+    split = read_summary(runs(*longer, "train.lr=0.01"))
+    base = next(r for r in split["references"] if r["name"] == "base")
+    assert split["final"]["accuracy"] > base["accuracy"] + 0.15
+    cut = split["cut"]
+    assert cut["examples"] == SITES * QUESTIONS  # of 4 × 2 × 20 × 4 that were trained on
+    assert cut["bytes_up"] == cut["tokens"] * 64 * 4
+    assert cut["bytes_down"] == 2 * SITES * QUESTIONS * 64 * 4
+    assert cut["floor"] == cut["bytes_up"] + cut["bytes_down"]
+    assert cut["evaluated"] == TESTED  # twice, and asked for once
+    assert cut["labels_at"] == "client"
+    whole = read_summary(runs(*longer, "train.lr=0.01", "base.placement=client"))
+    assert whole["cut"] is None
+    assert whole["final"]["loss"] == pytest.approx(split["final"]["loss"], abs=0.02)
+
+
 def test_coarser_activations_learn_nearly_the_same_and_say_what_they_cost(runs: Runs) -> None:
     exact, coarse = runs("split.labels=server"), runs("split.activations=int8")
     difference = np.linalg.norm(adapter_of(exact) - adapter_of(coarse))
@@ -198,6 +227,7 @@ def test_a_connector_is_pretrained_by_command_and_named_by_its_digest(
     [
         (["adapter.kind=lora"], "go together"),
         (["adapter.dropout=0.1"], "adapter.dropout is for adapter.kind = lora"),
+        (["adapter.kind=ladder", "adapter.rungs=3"], "2 layers known, adapter.rungs = 3"),
         (["base.pooling=cls"], "base.pooling is for base.task = text-classification"),
         (["privacy.unit=record", "privacy.epsilon=3"], "not built for adapter.kind = nano"),
         (["data.partition=iid"], "is divided already"),

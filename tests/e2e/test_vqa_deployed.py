@@ -170,6 +170,33 @@ def test_a_site_adds_the_noise_that_the_federation_wants(make: Callable[..., Fed
     assert np.linalg.norm(first[counted], axis=-1).mean() == pytest.approx(3.2, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["gray box", "ladder"])
+def test_states_cross_a_deployed_cut_too(
+    make: Callable[..., Federation], tmp_path: Path, kind: str
+) -> None:
+    federation = make(
+        adapter={"kind": "nano", "rank": 4, "output-rank": 4}
+        if kind == "gray box"
+        else {"kind": "ladder", "rank": 4, "rungs": 2},
+        split={"labels": "client", "activations": "float32"},
+    )
+    server = federation.server()
+    clients = [federation.warm_client(name) for name in SITES]
+    assert server.wait() == 0, server.stderr
+    for client in clients:
+        assert client.wait() == 0, client.stderr
+    deployed, expected = adapter_of(federation.run), adapter_of(federation.simulate(tmp_path))
+    np.testing.assert_allclose(deployed, expected, atol=5e-3)
+    assert np.abs(expected).max() > 0.1
+    cut, simulated = (read_summary(run)["cut"] for run in (federation.run, tmp_path / "run"))
+    for what in ("examples", "tokens", "bytes_up", "bytes_down"):
+        assert cut[what] == simulated[what]
+    site = federation.site(SITES[0]) / "client.toml"
+    _, command = federation.command("doctor", site, "--json")
+    found = {check["check"]: check for check in json.loads(command.stdout)["findings"]}
+    assert found["kit"]["numbers"]["adapter_parameters"] == len(expected)
+
+
 def test_server_and_sites_are_killed_in_the_middle_of_training(
     make: Callable[..., Federation],
 ) -> None:

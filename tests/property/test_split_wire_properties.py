@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,16 +37,15 @@ DIGEST = st.binary(min_size=32, max_size=32)
 HEX = DIGEST.map(bytes.hex)
 SIZE = st.integers(1, 2**32 - 1)
 NAME = st.text(st.characters(codec="utf-8"), min_size=1, max_size=256).filter(str.isprintable)
-FLOATS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=9).map(
-    lambda values: np.array(values, np.float32)
-)
-TERMS = st.builds(Terms, HEX, HEX, HEX, SIZE, SIZE, st.sampled_from(["float32", "int8"]))
+ENCODING = st.sampled_from(["float32", "int8"])
+TERMS = st.builds(Terms, HEX, HEX, HEX, SIZE, SIZE, ENCODING, st.integers(0, 2**32 - 1))
 HERE = Description(Terms("ab" * 32, "ab" * 32, "ab" * 32, 4, 7, "int8"), 5, 30, 1 << 16)
+STATES = replace(HERE, terms=replace(HERE.terms, rungs=3))
 
 
 @st.composite
-def requests(draw: Any) -> Request:
-    kind = draw(st.sampled_from(list(Kind)))
+def requests(draw: Any, first: Kind = Kind.DIFFERENTIATE) -> Request:
+    kind = draw(st.sampled_from([first, Kind.OUTPUTS, Kind.OPEN]))
     lengths = draw(st.lists(st.integers(1, HERE.tokens), min_size=1, max_size=HERE.examples))
     labels = draw(st.lists(st.integers(0, 6), min_size=len(lengths), max_size=len(lengths)))
     asked = labels if kind == Kind.DIFFERENTIATE else []
@@ -56,13 +56,13 @@ def requests(draw: Any) -> Request:
 
 FROM_CLIENT = st.one_of(
     requests(),
-    st.builds(Upstream, SIZE, SIZE, FLOATS),
+    st.builds(Upstream, SIZE, SIZE, st.binary(max_size=99)),
     st.builds(Introduction, NAME, DIGEST, DIGEST, st.binary(min_size=64, max_size=64)),
 )
 FROM_SERVER = st.one_of(
     st.builds(Challenge, DIGEST),
     st.just(Welcome()),
-    st.builds(Answer, SIZE, FLOATS, st.binary(max_size=99)),
+    st.builds(Answer, SIZE, st.binary(max_size=99), st.binary(max_size=99)),
     st.builds(Refusal, SIZE, st.sampled_from(list(Reason))),
 )
 
@@ -76,6 +76,11 @@ def _same(one: Any, other: Any) -> None:
 @given(FROM_CLIENT)
 def test_what_a_client_says(said: Any) -> None:
     _same(decode_from_client(encode_from_client(said), HERE), said)
+
+
+@given(requests(Kind.ACTIVATIONS))
+def test_what_a_client_says_to_who_answers_with_states(said: Request) -> None:
+    _same(decode_from_client(encode_from_client(said), STATES), said)
 
 
 @given(FROM_SERVER)

@@ -310,6 +310,8 @@ _COMPANIONS = {
     "emulator.layers": _EMULATED,
     "emulator.share": _EMULATED,
     "emulator.digest": _EMULATED,
+    "adapter.output-rank": _VISION,
+    "adapter.rungs": ['base.task="visual-question-answering"', 'adapter.kind="ladder"'],
     "split.clip": [*_AT_SERVER, "split.eta=60.0"],
     "split.eta": [*_AT_SERVER, "split.clip=5.0"],
     "train.method": _FORWARD_ONLY[1:],

@@ -89,24 +89,26 @@ def look_at_emulator(path: Path, config: Config) -> Verdict[None]:
 def _kit(files: SiteFiles) -> Verdict[tuple[int, str]]:
     """Size of the adapter, and the digest of all that is frozen."""
     from fedtune.base.answering import first_tokens
+    from fedtune.base.connector import load_connector
     from fedtune.base.vision import VisionEncoder
     from fedtune.deploy.vision_site import kit_emulator, read_kit
-    from fedtune.simulation.vision import frozen_digest
+    from fedtune.simulation.vision import attach_adapter, frozen_digest
     from fedtune.types import sha256_hex
 
     config, machine = files.federation, files.config.machine
     try:
         kit = read_kit(files)
         tokens = first_tokens(kit.tokenizer(), config.data.labels)
-        encoder, width = VisionEncoder(config.base.encoder).digest, kit.table().embedding_dim
+        encoder = VisionEncoder(config.base.encoder).digest
         emulator = None if files.splits else kit_emulator(kit, config)
+        head = kit.head(len(tokens)) if config.rungs else None
+        connector, _ = load_connector(kit.connector)
+        size = attach_adapter(config, connector, kit.table(), head).manifest.size
     except (BaseModelError, ConfigError, DataError) as error:
         return Verdict("problem", str(error), "see docs/nano.md")
-    rank = config.adapter.rank
-    size = 2 * (2 * width * rank + rank + width)
-    connector = sha256_hex(kit.connector.read_bytes())
     emulated = emulator.digest if emulator else None
-    digest = frozen_digest(kit.manifest.base_digest, encoder, connector, tokens, emulated)
+    sha = sha256_hex(kit.connector.read_bytes())
+    digest = frozen_digest(kit.manifest.base_digest, encoder, sha, tokens, emulated)
     text = f"{kit.folder}, digest {kit.digest}, {words.size(kit.size)}; an adapter of {size:,}"
     if emulator is not None:
         text += f"; trained against {emulator.words}"

@@ -37,6 +37,7 @@ from fedtune.edge.build.graph import Graph
 from fedtune.edge.build.nano_half import Half
 from fedtune.edge.build.nano_reference import make_nano_reference
 from fedtune.edge.build.shared import write_graphs
+from fedtune.errors import ConfigError
 
 _TALLEST = 4096  # pixels of an image that is exported for
 
@@ -76,6 +77,11 @@ def build_nano(config: Config, kit: ClientKit, out: Path, say: Say) -> EdgeManif
     Raises `ArtifactError`, `ConfigError`, or `BaseModelError` for what cannot be loaded or
     exported.
     """
+    if config.rungs:
+        raise ConfigError(
+            "artifacts are of NanoAdapters at the base model's input: a gray box "
+            "(adapter.output-rank) or a ladder trains with PyTorch only"
+        )
     half = Half(config, kit)
     return write_folder(out, lambda folder: _build(config, kit, half, folder, say))
 

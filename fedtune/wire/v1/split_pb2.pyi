@@ -12,7 +12,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("wire_version", "federation_digest", "base_digest", "answers_digest", "width", "answers", "encoding", "examples", "tokens", "message_bytes")
+    __slots__ = ("wire_version", "federation_digest", "base_digest", "answers_digest", "width", "answers", "encoding", "examples", "tokens", "message_bytes", "rungs")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class Description(_message.Message):
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RUNGS_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     federation_digest: bytes
     base_digest: bytes
@@ -33,7 +34,8 @@ class Description(_message.Message):
     examples: int
     tokens: int
     message_bytes: int
-    def __init__(self, wire_version: _Optional[int] = ..., federation_digest: _Optional[bytes] = ..., base_digest: _Optional[bytes] = ..., answers_digest: _Optional[bytes] = ..., width: _Optional[int] = ..., answers: _Optional[int] = ..., encoding: _Optional[str] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., message_bytes: _Optional[int] = ...) -> None: ...
+    rungs: int
+    def __init__(self, wire_version: _Optional[int] = ..., federation_digest: _Optional[bytes] = ..., base_digest: _Optional[bytes] = ..., answers_digest: _Optional[bytes] = ..., width: _Optional[int] = ..., answers: _Optional[int] = ..., encoding: _Optional[str] = ..., examples: _Optional[int] = ..., tokens: _Optional[int] = ..., message_bytes: _Optional[int] = ..., rungs: _Optional[int] = ...) -> None: ...
 
 class FromClient(_message.Message):
     __slots__ = ("introduction", "request", "upstream")

@@ -21,7 +21,9 @@ def make_half(seed: int = 0) -> ClientHalf:
     torch.manual_seed(seed)
     connector = Connector(FEATURES, WIDTH, TOKENS)
     connector.length.fill_(2.0)
-    return ClientHalf(connector, nn.Embedding(30, WIDTH), Nano(RANK))
+    found = attach_nano(connector, nn.Embedding(30, WIDTH), Nano(RANK), seed).module
+    assert isinstance(found, ClientHalf)
+    return found
 
 
 def make_prompt(pictured: list[bool], lengths: list[int]) -> Prompt:
@@ -99,7 +101,7 @@ def test_without_an_image_its_adapter_gets_no_gradient() -> None:
 
 def test_a_connector_of_another_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="tokens of 16 values, this base model takes 24"):
-        ClientHalf(Connector(FEATURES, WIDTH, TOKENS), nn.Embedding(30, 24), Nano(RANK))
+        attach_nano(Connector(FEATURES, WIDTH, TOKENS), nn.Embedding(30, 24), Nano(RANK), 0)
 
 
 def test_a_rank_below_one_is_refused() -> None:

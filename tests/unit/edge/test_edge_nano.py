@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save
 
-from fedtune.adapter.nano import ClientHalf, Nano, Prompt
+from fedtune.adapter.nano import Nano, Prompt, attach_nano
 from fedtune.base.connector import Connector, load_connector
 from fedtune.base.vision import VisionEncoder
 from fedtune.config import Split
@@ -131,7 +131,7 @@ def test_a_device_reads_the_rows_that_pytorch_does(
 
 def test_embeddings_stand_in_the_order_of_the_clients_half() -> None:
     torch.manual_seed(0)
-    half = ClientHalf(Connector(12, 16, 2), torch.nn.Embedding(30, 16), Nano(5))
+    half = attach_nano(Connector(12, 16, 2), torch.nn.Embedding(30, 16), Nano(5), 0).module
     torch.nn.init.normal_(half.nano_text.up.weight)
     pictured, lengths = torch.tensor([True, False, False, True]), torch.tensor([4, 3, 6, 1])
     mask = (torch.arange(6) < lengths[:, None]).long()

@@ -43,7 +43,7 @@ def start(held: Held) -> Iterator[Callable[..., Batcher]]:
         batcher.close()
 
 
-def work(decoder: Any, kind: Kind = Kind.SCORES, seed: int = 0, count: int = 3) -> Work:
+def work(decoder: Any, kind: Kind = Kind.OUTPUTS, seed: int = 0, count: int = 3) -> Work:
     embeddings, lengths, labels = some_examples(seed, count, decoder.width)
     counted = np.arange(embeddings.shape[1]) < lengths[:, None]
     return Work(kind, embeddings[counted], lengths, labels if kind == Kind.DIFFERENTIATE else NONE)
@@ -61,7 +61,7 @@ def test_requests_that_wait_at_one_moment_share_a_batch(start: Any, held: Held) 
     held.gate.clear()
     results = [batcher.submit(0, 1, work(held), LONG)]
     assert held.entered.acquire(timeout=LONG)
-    kinds = [Kind.DIFFERENTIATE, Kind.SCORES, Kind.OPEN, Kind.DIFFERENTIATE]
+    kinds = [Kind.DIFFERENTIATE, Kind.OUTPUTS, Kind.OPEN, Kind.DIFFERENTIATE]
     works = [work(held, kind, seed, 2 + seed) for seed, kind in enumerate(kinds)]
     results = [batcher.submit(1 + place, 1, one, LONG) for place, one in enumerate(works)]
     held.gate.set()

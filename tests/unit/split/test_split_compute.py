@@ -30,9 +30,9 @@ def _padded(work: Work) -> np.ndarray:
     "kinds",
     [
         [Kind.DIFFERENTIATE] * 3,
-        [Kind.SCORES] * 3,
+        [Kind.OUTPUTS] * 3,
         [Kind.OPEN] * 2,
-        [Kind.SCORES, Kind.DIFFERENTIATE, Kind.OPEN, Kind.DIFFERENTIATE, Kind.OPEN],
+        [Kind.OUTPUTS, Kind.DIFFERENTIATE, Kind.OPEN, Kind.DIFFERENTIATE, Kind.OPEN],
     ],
 )
 def test_a_batch_gives_what_each_request_gets_alone(
@@ -55,7 +55,7 @@ def test_a_batch_gives_what_each_request_gets_alone(
                 found[place].gradient, gradient[counted], atol=1e-5 * np.abs(gradient).max()
             )
         else:
-            scores = alone.scores(x, work.lengths)
+            scores = alone.outputs(x, work.lengths)
             assert found[place].gradient is None
             np.testing.assert_allclose(found[place].values, scores, atol=1e-5)
         if work.kind == Kind.OPEN:

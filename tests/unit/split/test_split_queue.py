@@ -26,7 +26,7 @@ def _waiting(
     arrived: float,
     examples: int = 2,
     longest: int = 5,
-    kind: Kind = Kind.SCORES,
+    kind: Kind = Kind.OUTPUTS,
     deadline: float = 1e9,
 ) -> Waiting:
     lengths = np.full(examples, longest)

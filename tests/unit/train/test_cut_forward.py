@@ -52,7 +52,7 @@ def data() -> EncodedQuestions:
     ids = [rng.integers(5, 200, length).tolist() for length in rng.integers(3, 7, ROWS)]
     texts = TokenizedTexts.of(ids, rng.integers(0, len(ANSWERS), ROWS))
     features = rng.normal(size=(ROWS, FEATURES)).astype(np.float16)
-    return EncodedQuestions(texts, np.arange(ROWS), features)
+    return EncodedQuestions(texts, np.arange(ROWS), features, np.arange(ROWS))
 
 
 @pytest.fixture

@@ -29,9 +29,9 @@ class Watched(InProcessBase):
 
     seen: ClassVar[list[np.ndarray]] = []
 
-    def scores(self, embeddings: Any, lengths: Any) -> Any:
+    def outputs(self, embeddings: Any, lengths: Any) -> Any:
         self.seen.append(embeddings)
-        return super().scores(embeddings, lengths)
+        return super().outputs(embeddings, lengths)
 
     def differentiate(self, embeddings: Any, lengths: Any, labels: Any) -> Any:
         self.seen.append(embeddings)

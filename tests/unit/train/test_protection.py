@@ -34,7 +34,7 @@ class Server:
         self.weights = np.random.default_rng(1).normal(size=(WIDTH, ANSWERS)).astype(np.float32)
         self.seen: list[Float32Array] = []
 
-    def scores(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
+    def outputs(self, embeddings: Float32Array, lengths: NDArray[np.int64]) -> Float32Array:
         self.seen.append(embeddings.copy())
         return np.tanh(embeddings).sum(1) @ self.weights
 
@@ -55,7 +55,7 @@ class Server:
         lengths: NDArray[np.int64],
         upstream: Callable[[Float32Array], Float32Array],
     ) -> Float32Array:
-        weights = upstream(self.scores(embeddings, lengths)) @ self.weights.T
+        weights = upstream(self.outputs(embeddings, lengths)) @ self.weights.T
         return weights[:, None] * (1 - np.tanh(embeddings) ** 2)
 
 
@@ -68,7 +68,7 @@ def batch() -> tuple[Float32Array, NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _calls(remote: Protected, embeddings, lengths, labels) -> None:
-    remote.scores(embeddings, lengths)
+    remote.outputs(embeddings, lengths)
     remote.differentiate(embeddings, lengths, labels)
     remote.pull_back(embeddings, lengths, np.ones_like)
 
@@ -114,7 +114,7 @@ def test_noise_comes_before_the_encoding(batch) -> None:
     embeddings, lengths, _ = batch
     server = Server()
     remote = in_process_channel(server, WIDTH, "int8", Meter())
-    Protected(remote, MetricPrivacy(2.0, 30.0)).scores(embeddings, lengths)
+    Protected(remote, MetricPrivacy(2.0, 30.0)).outputs(embeddings, lengths)
     token = server.seen[0][0, 0].astype(np.float64)
     steps = token / (np.abs(token).max() / 127)
     assert np.allclose(steps, np.rint(steps), atol=1e-3)
