@@ -183,6 +183,7 @@ def _doors(deployment: Deployment, job: Job, run: Path) -> Doors:
     # One adapter down for all, and at worst every client's update up at a time.
     sent = job.config.values_sent(job.manifest.size) * len(deployment.members.transport)
     held = 4 * (job.manifest.size + sent)
+    offers = offers_base(listen, job.config)
     return Doors(
         listen.host,
         listen.port,
@@ -190,8 +191,9 @@ def _doors(deployment: Deployment, job: Job, run: Path) -> Doors:
         keys / SERVER_KEY,
         run / DATABASE if held > LARGEST_IN_MEMORY else None,
         run / LOG,
-        resolve_base(job.config.base.path) if offers_base(listen, job.config) else None,
-        job.base_digest,
+        resolve_base(job.config.base.path) if offers else None,
+        # Of the decoder alone, which is what sites ask for; the job's may have an encoder in it.
+        job.config.base.digest or "",
     )
 
 
