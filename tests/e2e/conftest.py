@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from deployed import Federation
 from e2e_helpers import Launcher
 from small_files import Rows, read_icd_rows, write_clients
+from vqa_files import write_question_clients
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +28,12 @@ def icd_rows() -> tuple[Rows, Rows]:
 def client_folders(tmp_path_factory: pytest.TempPathFactory, icd_rows: tuple[Rows, Rows]) -> Path:
     """A folder of four clients of different sizes with a common test set. Do not write to it."""
     return write_clients(tmp_path_factory.mktemp("data") / "clinics", *icd_rows)
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four clients with questions about images. Do not write to it."""
+    return write_question_clients(tmp_path_factory.mktemp("questions") / "sites")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 from deployed import Federation, free_port
 from e2e_helpers import Launcher, read_summary, wait_until
 from safetensors.numpy import load_file
-from vqa_files import write_question_clients
 
 SITES = ("site-0", "site-1", "site-2")
 WORKSTATION, DEVICE, BARE_DEVICE = SITES
@@ -20,11 +19,10 @@ ROUNDS, STEPS, BATCH = 2, 4, 4
 
 @pytest.fixture(scope="module")
 def federation(
-    tmp_path_factory: pytest.TempPathFactory, answering_decoder: Path
+    tmp_path_factory: pytest.TempPathFactory, answering_decoder: Path, questions: Path
 ) -> Iterator[Federation]:
     """Of a workstation and two devices, with the kit and the artifacts that they need."""
     folder = tmp_path_factory.mktemp("federation")
-    questions = write_question_clients(tmp_path_factory.mktemp("questions") / "sites")
     launcher = Launcher(folder, tmp_path_factory.mktemp("outputs"))
     code, command = launcher.run(
         *("nano", "pretrain-connector", "--base", answering_decoder, "--steps", "20"),

@@ -12,14 +12,9 @@ import numpy as np
 import pytest
 from e2e_helpers import Launcher, read_summary, write_rows
 from safetensors.numpy import load_file
-from vqa_files import QUESTIONS, SITES, TESTED, write_question_clients
+from vqa_files import QUESTIONS, SITES, TESTED
 
 ROUNDS, STEPS, BATCH = 2, 3, 4
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_question_clients(tmp_path_factory.mktemp("questions") / "sites")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from deployed import Federation, free_port
 from e2e_helpers import Launcher, read_metrics, read_summary, wait_until
 from safetensors.numpy import load_file
 from split_service import tls_of
-from vqa_files import QUESTIONS, write_question_clients
+from vqa_files import QUESTIONS
 
 from fedtune.base.answering import AnsweringDecoder
 from fedtune.base.causal import CausalBase
@@ -26,11 +26,6 @@ from fedtune.train.trainer import LocalPlan
 
 SITES = ("site-0", "site-1", "site-2")
 ROUNDS, STEPS, BATCH = 3, 4, 4
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_question_clients(tmp_path_factory.mktemp("questions") / "sites")
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,10 @@ import pytest
 from deployed import Federation, free_port
 from e2e_helpers import Launcher, read_summary
 from safetensors.numpy import load_file
-from vqa_files import TESTED, write_question_clients
+from vqa_files import TESTED
 
 ROUNDS, STEPS, BATCH = 2, 6, 4
 SITES = ("site-0", "site-1", "site-2")
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_question_clients(tmp_path_factory.mktemp("questions") / "sites")
 
 
 @pytest.fixture(scope="module")
